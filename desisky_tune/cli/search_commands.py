@@ -1,0 +1,234 @@
+"""`search`, `resume`, `leaderboard`, `export`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from desisky_tune.cli.console import configuration_text, number, say, show, show_json, table
+from desisky_tune.cli.options import Address, AsJson, Dashboard, Data, Debug, Run, Subset
+from desisky_tune.cli.progress import search_progress
+from desisky_tune.errors import InputError
+from desisky_tune.search.folder import RunFolder
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from desisky_tune.search.run import SearchResult
+
+#: Rows of the leaderboard that the end of a search shows.
+TOP = 10
+
+#: How the models of an evaluation are called.
+MODEL_NAMES = {
+    "winner": "winner",
+    "default": "documented default",
+    "classical": "classical model",
+    "constant": "constant",
+}
+
+
+def search(
+    space: Annotated[
+        str,
+        typer.Argument(metavar="SPACE", help="A space that ships (quick, broadband), or a file."),
+    ] = "quick",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Override a value of the space file, e.g. space.depth.high=4. Repeatable.",
+        ),
+    ] = None,
+    runs: Annotated[
+        Path, typer.Option("--runs", metavar="DIR", help="Folder that holds the runs.")
+    ] = Path("runs"),
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="Name of the run. Default: that of the space, numbered."),
+    ] = None,
+    data: Data = None,
+    subset: Subset = None,
+    trials: Annotated[
+        int | None, typer.Option("--trials", metavar="N", help="Trials in all.")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", metavar="N", help="Epochs of a full trial.")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", metavar="N", help="Of the sampler and of the training."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", metavar="N", help="Trials at a time.")
+    ] = None,
+    gpus: Annotated[
+        float | None,
+        typer.Option("--gpus", metavar="F", help="GPUs per trial; a fraction shares one."),
+    ] = None,
+    time_limit: Annotated[
+        str | None,
+        typer.Option(
+            "--time-limit", metavar="TIME", help="Stop after this time: seconds, or 10m, 1h30m."
+        ),
+    ] = None,
+    address: Address = None,
+    dashboard: Dashboard = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Search a space of hyperparameters and write the winner's checkpoint."""
+    from desisky_tune.search.space import load_spec
+
+    short = {
+        "data.source": data,
+        "data.subset": subset,
+        "search.trials": trials,
+        "training.epochs": epochs,
+        "search.seed": seed,
+        "training.seed": seed,
+        "resources.workers": workers,
+        "resources.gpus_per_trial": gpus,
+        "search.time_limit": time_limit,
+    }
+    # JSON is YAML: a path or a time arrives as the text that was given.
+    given = [f"{key}={json.dumps(value)}" for key, value in short.items() if value is not None]
+    spec = load_spec(space, [*(overrides or []), *given])
+
+    from desisky_tune.search.run import run_search
+
+    with search_progress() as on_event:
+        result = run_search(
+            spec, runs=runs, name=name, address=address, dashboard=dashboard, on_event=on_event
+        )
+    _show_result(result, as_json)
+
+
+def resume(
+    run: Run,
+    address: Address = None,
+    dashboard: Dashboard = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Finish a search that was interrupted."""
+    from desisky_tune.search.run import resume_search
+
+    with search_progress() as on_event:
+        result = resume_search(run, address=address, dashboard=dashboard, on_event=on_event)
+    _show_result(result, as_json)
+
+
+def show_leaderboard(
+    run: Run,
+    every: Annotated[
+        bool, typer.Option("--all", help="Pruned and failed trials too, not only complete ones.")
+    ] = False,
+    as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show the trials of a run, best first."""
+    from desisky_tune.search.leaderboard import leaderboard, to_csv, to_json
+
+    if as_json and as_csv:
+        raise InputError("--json and --csv exclude each other")
+    v_derived = bool(RunFolder.open(run).read_search()["data"].get("v_derived"))
+    board = leaderboard(run)
+    shown = board if every else complete_only(board)
+    if as_json:
+        show(to_json(shown).rstrip("\n"))
+    elif as_csv:
+        show(to_csv(shown).rstrip("\n"))
+    else:
+        show(board_text(shown, v_derived=v_derived))
+    if len(shown) < len(board) and not (as_json or as_csv):
+        say(f"{len(board) - len(shown)} trials that were pruned or failed: --all shows them")
+
+
+def export(
+    run: Run,
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT.eqx", help="Checkpoint to write.", show_default=False)
+    ],
+    trial: Annotated[
+        int | None,
+        typer.Option("--trial", metavar="ID", help="Number of a trial. Default: the winner."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write a trial's best weights as a checkpoint that desisky loads."""
+    from desisky_tune.search.export import export_trial
+
+    show(str(export_trial(run, out, trial=trial)))
+
+
+def _show_result(result: SearchResult, as_json: bool) -> None:
+    if as_json:
+        show_json(result_json(result))
+        return
+    v_derived = bool(result.evaluation["v_derived"])
+    best = complete_only(result.board).head(TOP)
+    show(f"leaderboard of {result.run_dir} (RMSE on the validation rows, mag)")
+    show(board_text(best, v_derived=v_derived))
+    configuration = configuration_text(result.winner.configuration)
+    show(f"\nwinner: trial {result.winner.number} ({configuration})")
+    show(figures_text(result.evaluation))
+    show(f"\ncheckpoint: {result.checkpoint}")
+
+
+def complete_only(board: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of a leaderboard that belong to complete trials."""
+    return board[board["state"] == "COMPLETE"]
+
+
+def board_text(board: pd.DataFrame, *, v_derived: bool) -> str:
+    """Return a leaderboard as a table; a V that was derived from g and r is called so."""
+    from desisky_tune.search.leaderboard import to_rows
+
+    headings, rows = to_rows(board)
+    if v_derived:
+        headings[headings.index("V")] = "V (derived)"
+    return table(headings, rows, left=0)
+
+
+def figures_text(evaluation: dict[str, Any]) -> str:
+    """Return the RMSE of the winner and of what it is held against, per band, as a table."""
+    v_name = "V (derived)" if evaluation["v_derived"] else "V"
+    headings = ["RMSE (mag)", "on", v_name, "g", "r", "z", "mean V g r z", "mean g r z"]
+    rows = []
+    for part in ("validation", "test"):
+        for model, parts in evaluation["figures"].items():
+            values = [parts[part][key] for key in ("V", "g", "r", "z", "mean", "mean_grz")]
+            rows.append([MODEL_NAMES.get(model, model), part, *(number(v) for v in values)])
+    lines = [table(headings, rows, left=2)]
+    counts = ", ".join(
+        f"{part} {evaluation['rows'][part]} in {evaluation['nights'][part]} nights"
+        for part in ("train", "validation", "test")
+    )
+    lines.append(f"exposures: {counts}")
+    if evaluation["v_derived"]:
+        lines.append("V is derived from g and r in this table: judge by g, r and z alone")
+    return "\n".join(lines)
+
+
+def result_json(result: SearchResult) -> dict[str, Any]:
+    """Return what a search left, as JSON-able values."""
+    from desisky_tune.search.leaderboard import to_json
+
+    return {
+        "run": str(result.run_dir),
+        "checkpoint": str(result.checkpoint),
+        "winner": {
+            "trial": result.winner.number,
+            "objective": result.winner.objective,
+            "configuration": result.winner.configuration,
+        },
+        "evaluation": result.evaluation,
+        "leaderboard": json.loads(to_json(result.board)),
+        "seconds": result.seconds,
+    }

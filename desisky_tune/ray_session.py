@@ -1,0 +1,104 @@
+"""The one place that starts Ray, and ends it by its own handle.
+
+Ray binds its ports to every interface unless
+``RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0`` stands in the environment before
+``import ray``; and with ``RAY_AUTH_MODE`` unset it writes a token file under the
+user's home. Both are settled here, before Ray is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from desisky_tune.errors import InputError
+
+#: Environment of a Ray that lives inside this process and listens on loopback alone.
+LOOPBACK_ENVIRONMENT: Mapping[str, str] = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+#: What the workers of a Ray of ours must see.
+WORKER_ENVIRONMENT: Mapping[str, str] = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "PYTHONWARNINGS": "ignore",
+}
+
+#: Memory that a local Ray's object store may take (bytes).
+OBJECT_STORE_BYTES = 512 * 1024**2
+
+
+@contextmanager
+def ray_session(
+    *,
+    address: str | None = None,
+    num_cpus: int | None = None,
+    num_gpus: int | None = None,
+    dashboard: bool = False,
+    object_store_bytes: int = OBJECT_STORE_BYTES,
+) -> Iterator[Any]:
+    """Yield the `ray` module, connected.
+
+    A Ray that this process already runs is used and left running. Otherwise one is
+    started inside the process, on the loopback address alone (or the cluster at
+    `address` is joined), and ended on the way out.
+
+    Parameters
+    ----------
+    address
+        ``None`` for a local Ray; ``"auto"`` or ``HOST:PORT`` for a cluster.
+    num_cpus, num_gpus
+        What a local Ray may use; the machine's own by default.
+    dashboard
+        Start Ray's dashboard, on 127.0.0.1.
+    object_store_bytes
+        Size of a local Ray's object store.
+
+    Raises
+    ------
+    InputError
+        When no Ray answers at `address`.
+    """
+    if address is None:
+        for name, value in LOOPBACK_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+    else:
+        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    common: dict[str, Any] = {
+        "logging_level": "ERROR",
+        "log_to_driver": False,
+        "runtime_env": {"env_vars": dict(WORKER_ENVIRONMENT)},
+        "configure_logging": True,
+    }
+    try:
+        if address is None:
+            ray.init(
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+                include_dashboard=dashboard,
+                dashboard_host="127.0.0.1",
+                object_store_memory=object_store_bytes,
+                **common,
+            )
+        else:
+            ray.init(address=address, **common)
+    except ConnectionError as error:
+        raise InputError(f"no Ray cluster answers at {address!r}: {error}") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()

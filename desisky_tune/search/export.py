@@ -1,0 +1,142 @@
+"""Export: the weights of a trial as a checkpoint that desisky loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from desisky_tune.data.columns import FEATURES
+from desisky_tune.errors import RunError
+from desisky_tune.search.folder import RunFolder
+from desisky_tune.search.local import checkpoint_path
+from desisky_tune.search.records import Ledger, TrialRecord, best_record
+
+
+def export_trial(run_dir: str | Path, out: str | Path, trial: int | None = None) -> Path:
+    """Write a trial's best weights as a checkpoint in desisky's format.
+
+    The inputs are put into the reference order, in which desisky feeds them, wherever
+    they are those of the reference model.
+
+    Parameters
+    ----------
+    run_dir
+        The run.
+    out
+        The file to write.
+    trial
+        Number of the trial; the winner by default.
+
+    Returns
+    -------
+    Path
+        The file written.
+
+    Raises
+    ------
+    RunError
+        When the run has no such trial, or no weights of it.
+    StorageError
+        When `out` cannot be written.
+    """
+    folder = RunFolder.open(run_dir)
+    record = trial_record(folder, trial)
+    source = checkpoint_path(folder.trials, record.number)
+    if not source.exists():
+        _write_missing(folder, record)
+    origin = {
+        "run": folder.name,
+        "trial": record.number,
+        "state": record.state,
+        "objective": record.objective,
+    }
+    return write_in_reference_order(source, out, search=origin)
+
+
+def write_in_reference_order(
+    source: Path, out: str | Path, *, search: Mapping[str, Any] | None
+) -> Path:
+    """Copy a checkpoint with its inputs in the order in which desisky feeds them.
+
+    Parameters
+    ----------
+    source, out
+        The checkpoints. Inputs that are not those of the reference model keep their order.
+    search
+        To add under ``search`` in the header; None removes that key.
+    """
+    from desisky_tune.io import feature_names, load_model, save
+    from desisky_tune.models import permute_inputs
+
+    model, meta = load_model("broadband", path=source)
+    names = feature_names(meta)
+    if set(names) == set(FEATURES) and tuple(names) != FEATURES:
+        model = permute_inputs(model, names, FEATURES)
+        meta = _reordered(meta, list(names))
+    origin = meta.pop("search", {})
+    if search is not None:
+        meta["search"] = {**origin, **search}
+    return save(out, model, meta)
+
+
+def trial_record(folder: RunFolder, trial: int | None) -> TrialRecord:
+    """Return the record of a trial that has weights; of the winner where `trial` is None.
+
+    Raises
+    ------
+    RunError
+        When there is no winner, no such trial, or it failed.
+    """
+    records = Ledger(folder.ledger).records()
+    if trial is None:
+        winner = best_record(records)
+        if winner is None:
+            raise RunError(f"{folder.path}: no trial has completed, so there is no winner")
+        return winner
+    found = next((record for record in records if record.number == trial), None)
+    if found is None:
+        numbers = sorted(record.number for record in records)
+        known = f"{numbers[0]} to {numbers[-1]}" if numbers else "none"
+        raise RunError(f"{folder.path}: trial {trial} has not finished; finished: {known}")
+    if found.state == "FAIL":
+        raise RunError(f"{folder.path}: trial {trial} failed ({found.reason}): it has no weights")
+    return found
+
+
+def _write_missing(folder: RunFolder, record: TrialRecord) -> None:
+    """Make the checkpoint of a trial whose process was killed before it could."""
+    from desisky_tune.data.splits import Split
+    from desisky_tune.search.backend import Assignment
+    from desisky_tune.search.local import LocalBackend, SearchArrays, state_path
+    from desisky_tune.search.run import checkpoint_header, read_table_of
+    from desisky_tune.search.space import spec_from_dict
+
+    if not state_path(folder.trials, record.number).exists():
+        raise RunError(f"{folder.trials}: the weights of trial {record.number} are missing")
+    content = folder.read_search()
+    spec = spec_from_dict(content["spec"], where=str(folder.search_json))
+    table = read_table_of(folder, content)
+    split = Split.from_exposures(content["split"], table.frame)
+    arrays = SearchArrays.from_table(table, split.train, split.validation, spec.data.features)
+    header = checkpoint_header(folder, spec, table, split)
+    backend = LocalBackend(arrays, spec.training, folder.trials, header)
+    assignment = Assignment(record.number, record.configuration, record.seed)
+    # Asking for the epochs that it has trains nothing, and brings its state into memory.
+    backend.advance(assignment, record.epochs)
+    backend.release(assignment)
+
+
+def _reordered(meta: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Put what the header says by feature into the reference order."""
+    order = [names.index(name) for name in FEATURES]
+    scaling = dict(meta.get("scaling", {}))
+    for key in ("input_mean", "input_sd", "constant"):
+        if key in scaling:
+            scaling[key] = [scaling[key][index] for index in order]
+    moved = {**meta, "features": list(FEATURES)}
+    if scaling:
+        moved["scaling"] = scaling
+    if "constant_features" in meta:
+        moved["constant_features"] = [n for n in FEATURES if n in meta["constant_features"]]
+    return moved

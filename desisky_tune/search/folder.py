@@ -1,0 +1,213 @@
+"""A run on disk: which file lies where, and the specification that opens it.
+
+::
+
+    runs/<name>/
+      search.json        the resolved specification, data, split (EXPIDs), versions
+      features.parquet   the feature table that the run was made with
+      ledger.jsonl       one line per finished trial: the truth that a resume goes by
+      started.jsonl      one line per trial handed out, so that a resume repeats it
+      study.db           the Optuna study
+      trials/            a checkpoint per trial (and its state while it is unfinished)
+      trials.parquet  curves.parquet  evaluation.json
+      best/<name>.eqx    the winner
+      tune/              what Ray Tune writes
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from desisky_tune.errors import RunError
+from desisky_tune.files import append_line, atomic_open
+
+#: Version of the layout and of `search.json`.
+SCHEMA = 1
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def valid_run_name(name: str) -> str:
+    """Return `name` when it can name a run, that is, one folder and nothing above it.
+
+    Raises
+    ------
+    RunError
+        When it holds anything but letters, digits, '.', '_' and '-', starts with one
+        of the last three, or is longer than 100 characters.
+    """
+    if not _NAME.fullmatch(name):
+        raise RunError(
+            f"run name {name!r}: allowed are letters, digits, '.', '_' and '-', "
+            "beginning with a letter or digit, at most 100 characters"
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name: that of its folder."""
+        return self.path.name
+
+    @property
+    def search_json(self) -> Path:
+        """The resolved specification."""
+        return self.path / "search.json"
+
+    @property
+    def features(self) -> Path:
+        """The feature table."""
+        return self.path / "features.parquet"
+
+    @property
+    def ledger(self) -> Path:
+        """One line per finished trial."""
+        return self.path / "ledger.jsonl"
+
+    @property
+    def started(self) -> Path:
+        """One line per trial that was handed out."""
+        return self.path / "started.jsonl"
+
+    @property
+    def study(self) -> Path:
+        """The Optuna study (sqlite)."""
+        return self.path / "study.db"
+
+    @property
+    def trials(self) -> Path:
+        """The folder of the trials' checkpoints and states."""
+        return self.path / "trials"
+
+    @property
+    def tune(self) -> Path:
+        """Where Ray Tune writes."""
+        return self.path / "tune"
+
+    @property
+    def evaluation(self) -> Path:
+        """The winner's and the baselines' figures."""
+        return self.path / "evaluation.json"
+
+    @property
+    def best(self) -> Path:
+        """The winner's checkpoint."""
+        return self.path / "best" / f"{self.name}.eqx"
+
+    @classmethod
+    def create(cls, runs: str | Path, name: str, *, exact: bool) -> RunFolder:
+        """Make the folder of a new run.
+
+        Parameters
+        ----------
+        runs
+            The folder that holds the runs.
+        name
+            The run's name.
+        exact
+            True: a run of that name must not exist yet. False: `name-2`, `name-3`, ...
+            is taken where it does.
+
+        Raises
+        ------
+        RunError
+            When the name is not allowed, taken (`exact`), or the folder cannot be made.
+        """
+        valid_run_name(name)
+        root = Path(runs).expanduser().absolute()
+        attempt = 1
+        while True:
+            path = root / (name if attempt == 1 else f"{name}-{attempt}")
+            try:
+                path.mkdir(parents=True)
+                return cls(path)
+            except FileExistsError:
+                if path.is_dir() and not any(path.iterdir()):
+                    return cls(path)
+                if exact:
+                    raise RunError(
+                        f"{path} exists: choose another --name, or continue it with "
+                        f"'desisky-tune resume {path}'"
+                    ) from None
+                attempt += 1
+            except OSError as error:
+                raise RunError(f"cannot make {path}: {error.strerror or error}") from error
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """Open an existing run.
+
+        Raises
+        ------
+        RunError
+            When there is no run at `path`.
+        """
+        folder = cls(Path(path).expanduser().absolute())
+        if not folder.search_json.is_file():
+            what = "no such folder" if not folder.path.is_dir() else "it has no search.json"
+            raise RunError(f"{folder.path} is not a run of desisky-tune: {what}")
+        return folder
+
+    def read_search(self) -> dict[str, Any]:
+        """Return the content of `search.json`.
+
+        Raises
+        ------
+        RunError
+            When it is not JSON, or of a schema that this version does not know.
+        """
+        try:
+            content = json.loads(self.search_json.read_text())
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.search_json} cannot be read: {error}") from error
+        schema = content.get("schema") if isinstance(content, dict) else None
+        if schema != SCHEMA:
+            raise RunError(
+                f"{self.search_json}: schema {schema!r} is not known; this version reads {SCHEMA}"
+            )
+        return content
+
+    def write_search(self, content: Mapping[str, Any]) -> None:
+        """Write `search.json` whole."""
+        write_json(self.search_json, {"schema": SCHEMA, **content})
+
+    def note_started(self, number: int, configuration: Mapping[str, Any]) -> None:
+        """Remember that a trial was handed out."""
+        append_line(
+            self.started,
+            json.dumps({"number": number, "configuration": dict(configuration)}),
+        )
+
+    def read_started(self) -> dict[int, dict[str, Any]]:
+        """Return the trials that were handed out: number -> configuration.
+
+        A last line that was cut off by a kill counts as not written.
+        """
+        if not self.started.exists():
+            return {}
+        started: dict[int, dict[str, Any]] = {}
+        for line in self.started.read_bytes().split(b"\n"):
+            try:
+                entry = json.loads(line)
+                started[int(entry["number"])] = dict(entry["configuration"])
+            except (ValueError, KeyError, TypeError):
+                continue
+        return started
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole, indented, with a final newline."""
+    with atomic_open(path, "w") as stream:
+        json.dump(content, stream, indent=1, allow_nan=False)
+        stream.write("\n")

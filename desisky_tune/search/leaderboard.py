@@ -1,0 +1,170 @@
+"""The leaderboard: the trials of a search, the best first."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from desisky_tune.data.columns import BANDS
+from desisky_tune.search.folder import RunFolder
+from desisky_tune.search.records import Ledger, TrialRecord
+
+#: Bands that were observed; V is derived from g and r where a source has none.
+OBSERVED_BANDS: tuple[str, ...] = ("g", "r", "z")
+
+#: Columns of a leaderboard, in order.
+COLUMNS: tuple[str, ...] = (
+    "rank",
+    "trial",
+    "state",
+    "objective",
+    *BANDS,
+    "mean_grz",
+    "width",
+    "depth",
+    "learning_rate",
+    "huber_delta",
+    "batch_size",
+    "parameters",
+    "epochs",
+    "best_epoch",
+    "seconds",
+    "reason",
+)
+
+_ORDER = {"COMPLETE": 0, "PRUNED": 1, "FAIL": 2}
+_WHOLE = ("width", "depth", "batch_size", "parameters", "epochs", "best_epoch")
+_REAL = ("learning_rate", "huber_delta", "seconds")
+
+
+def leaderboard(run: str | Path | Iterable[TrialRecord]) -> pd.DataFrame:
+    """Rank the trials of a search.
+
+    Parameters
+    ----------
+    run
+        A run's folder, or records.
+
+    Returns
+    -------
+    DataFrame
+        One row per trial with `COLUMNS`: the complete ones by objective (lowest RMSE on
+        the validation rows first; a tie goes to fewer parameters, then the lower number),
+        then the pruned ones likewise, then the failed ones with their reasons. RMSE in
+        mag; ``mean_grz`` is the mean of g, r and z alone; epochs count from 0.
+
+    Raises
+    ------
+    RunError
+        When there is no run, or its ledger is damaged.
+    """
+    if isinstance(run, str | Path):
+        records = Ledger(RunFolder.open(run).ledger).records()
+    else:
+        records = list(run)
+    ordered = sorted(records, key=_place)
+    rows = [_row(rank, record) for rank, record in enumerate(ordered, start=1)]
+    board = pd.DataFrame(rows, columns=list(COLUMNS))
+    kinds = {
+        **dict.fromkeys(("rank", "trial", *_WHOLE), "Int64"),
+        **dict.fromkeys(("objective", *BANDS, "mean_grz", *_REAL), "float64"),
+        **dict.fromkeys(("state", "reason"), "object"),
+    }
+    return board.astype(kinds)
+
+
+def to_json(board: pd.DataFrame) -> str:
+    """Return a leaderboard as a JSON list of objects; what is not known is null."""
+    return json.dumps(_values(board), indent=1, allow_nan=False) + "\n"
+
+
+def to_csv(board: pd.DataFrame) -> str:
+    """Return a leaderboard as CSV, every float in full; what is not known is empty."""
+    return str(board.to_csv(index=False))
+
+
+def to_rows(board: pd.DataFrame, limit: int | None = None) -> tuple[list[str], list[list[str]]]:
+    """Return a leaderboard as text for a table on a terminal.
+
+    Parameters
+    ----------
+    board
+        From `leaderboard`.
+    limit
+        Rows to give; None for all.
+
+    Returns
+    -------
+    header, rows
+        RMSE with four digits, ``-`` for what is not known, the reason of a failed trial
+        in place of its state.
+    """
+    header = ["#", "trial", "state", "RMSE", *BANDS, "g r z", "width", "depth", "lr", "delta",
+              "batch", "parameters", "epochs", "best", "s"]  # fmt: skip
+    rows = []
+    for row in _values(board if limit is None else board.head(limit)):
+        state = row["state"].lower()
+        rows.append(
+            [
+                str(row["rank"]),
+                str(row["trial"]),
+                f"{state}: {row['reason']}" if row["reason"] else state,
+                *(_text(row[name], ".4f") for name in ("objective", *BANDS, "mean_grz")),
+                *(_text(row[name], "d") for name in ("width", "depth")),
+                *(_text(row[name], ".3g") for name in ("learning_rate", "huber_delta")),
+                _text(row["batch_size"], "d"),
+                _text(row["parameters"], ",d"),
+                *(_text(row[name], "d") for name in ("epochs", "best_epoch")),
+                _text(row["seconds"], ".1f"),
+            ]
+        )
+    return header, rows
+
+
+def _place(record: TrialRecord) -> tuple[int, float, int, int]:
+    objective = math.inf if record.objective is None else record.objective
+    return _ORDER[record.state], objective, record.parameters, record.number
+
+
+def _row(rank: int, record: TrialRecord) -> dict[str, Any]:
+    rmse = record.rmse or {}
+    observed = [rmse[band] for band in OBSERVED_BANDS if band in rmse]
+    return {
+        "rank": rank,
+        "trial": record.number,
+        "state": record.state,
+        "objective": record.objective,
+        **{band: rmse.get(band) for band in BANDS},
+        "mean_grz": sum(observed) / len(observed) if len(observed) == len(OBSERVED_BANDS) else None,
+        **{
+            name: record.configuration.get(name)
+            for name in ("width", "depth", "learning_rate", "huber_delta", "batch_size")
+        },
+        "parameters": record.parameters,
+        "epochs": record.epochs,
+        "best_epoch": record.best_epoch,
+        "seconds": record.seconds,
+        "reason": record.reason,
+    }
+
+
+def _values(board: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as plain Python values, None where there is none."""
+    rows: list[dict[str, Any]] = []
+    for row in board.astype(object).itertuples(index=False):
+        values = zip(board.columns, row, strict=True)
+        rows.append({name: None if pd.isna(value) else _plain(value) for name, value in values})
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value
+
+
+def _text(value: Any, form: str) -> str:
+    return "-" if value is None else format(value, form)

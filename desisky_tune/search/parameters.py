@@ -1,0 +1,396 @@
+"""What may stand for one hyperparameter in a space: a range, a list of choices, a value.
+
+Each of the three gives an Optuna distribution, and maps to and from the unit interval,
+so that samplers which work on the unit cube treat all of them alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from optuna import Trial
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from desisky_tune.data.names import nearest_name
+
+Number = int | float
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """What a hyperparameter is, whatever a space says of it.
+
+    Attributes
+    ----------
+    name
+        As in a space file and in a configuration.
+    whole
+        True when it counts something.
+    lowest, highest
+        Sane bounds (inclusive; `lowest` is exclusive where `positive`).
+    default
+        The value of the documented training run.
+    positive
+        True when `lowest` itself is not allowed.
+    """
+
+    name: str
+    whole: bool
+    lowest: Number
+    highest: Number
+    default: Number
+    positive: bool = False
+
+    @property
+    def rule(self) -> str:
+        """The bounds in words."""
+        kind = "a whole number" if self.whole else "a number"
+        floor = f"above {self.lowest:g}" if self.positive else f"from {self.lowest:g}"
+        return f"{kind} {floor} to {self.highest:g}"
+
+    def coerce(self, value: Any) -> Number:
+        """Return `value` as a number of the right kind.
+
+        Raises
+        ------
+        ValueError
+            With the rule that it breaks, when it cannot be one.
+        """
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"must be {self.rule}")
+        if not math.isfinite(value) or (self.whole and value != int(value)):
+            raise ValueError(f"must be {self.rule}")
+        too_low = value <= self.lowest if self.positive else value < self.lowest
+        if too_low or value > self.highest:
+            raise ValueError(f"must be {self.rule}")
+        return int(value) if self.whole else float(value)
+
+
+#: Every hyperparameter that a search can vary, in the order in which they are suggested.
+HYPERPARAMETERS: Mapping[str, Hyperparameter] = {
+    kind.name: kind
+    for kind in (
+        Hyperparameter("width", True, 1, 8192, 128),
+        Hyperparameter("depth", True, 1, 64, 5),
+        Hyperparameter("learning_rate", False, 0, 10, 1e-4, positive=True),
+        Hyperparameter("huber_delta", False, 0, 100, 0.25, positive=True),
+        Hyperparameter("batch_size", True, 1, 1_000_000, 32),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Range:
+    """All numbers from `low` to `high`, both included.
+
+    Attributes
+    ----------
+    low, high
+        Bounds; whole numbers where the hyperparameter counts something.
+    log
+        Every factor is equally likely, instead of every difference.
+    step
+        Distance of neighbouring values from `low` on; None for a float without one.
+    whole
+        True for a hyperparameter that counts something.
+    """
+
+    low: Number
+    high: Number
+    log: bool = False
+    step: Number | None = None
+    whole: bool = False
+
+    @property
+    def distribution(self) -> BaseDistribution:
+        """The distribution as Optuna knows it."""
+        if self.whole:
+            return IntDistribution(
+                int(self.low), int(self.top), log=self.log, step=int(self.step or 1)
+            )
+        return FloatDistribution(self.low, self.top, log=self.log, step=self.step)
+
+    @property
+    def top(self) -> Number:
+        """The highest value that the steps reach: `high`, or the last step below it."""
+        if self.step is None:
+            return self.high
+        # Decimal, because 0.3 // 0.1 is 2 in binary floating point.
+        low, high, step = (Decimal(str(value)) for value in (self.low, self.high, self.step))
+        top = low + (high - low) // step * step
+        return int(top) if self.whole else float(top)
+
+    def suggest(self, name: str, trial: Trial) -> Number:
+        """Ask `trial` for a value."""
+        if self.whole:
+            return trial.suggest_int(
+                name, int(self.low), int(self.top), log=self.log, step=int(self.step or 1)
+            )
+        return trial.suggest_float(name, self.low, self.top, log=self.log, step=self.step)
+
+    def contains(self, value: Number) -> bool:
+        """Whether `value` is one of this range."""
+        if not self.low <= value <= self.top:
+            return False
+        if self.step is None or self.log:
+            return True
+        steps = (value - self.low) / self.step
+        return abs(steps - round(steps)) < 1e-8
+
+    def widened(self, value: Number) -> BaseDistribution:
+        """The distribution, made just wide enough to hold `value`."""
+        if self.contains(value):
+            return self.distribution
+        low, high = min(self.low, value), max(self.top, value)
+        if self.whole:
+            return IntDistribution(int(low), int(high), log=self.log)
+        return FloatDistribution(low, high, log=self.log)
+
+    def at(self, fraction: float) -> Number:
+        """The value at `fraction` (0 to 1) of the way through the range."""
+        fraction = min(max(fraction, 0.0), 1.0)
+        if self.step is not None and not self.log:
+            count = round((self.top - self.low) / self.step) + 1
+            value = self.low + min(int(fraction * count), count - 1) * self.step
+        elif self.log:
+            # A whole number owns the interval of half a unit on either side of it.
+            half = 0.5 if self.whole else 0.0
+            lowest, highest = math.log(self.low - half), math.log(self.top + half)
+            value = math.exp(lowest + fraction * (highest - lowest))
+        else:
+            value = self.low + fraction * (self.high - self.low)
+        value = min(max(value, self.low), self.top)
+        return round(value) if self.whole else float(value)
+
+    def fraction(self, value: Number) -> float:
+        """How far through the range `value` lies (0 to 1): the inverse of `at`."""
+        value = min(max(value, self.low), self.top)
+        if self.step is not None and not self.log:
+            count = round((self.top - self.low) / self.step) + 1
+            return (round((value - self.low) / self.step) + 0.5) / count
+        if self.log:
+            half = 0.5 if self.whole else 0.0
+            lowest, highest = math.log(self.low - half), math.log(self.top + half)
+            return (math.log(value) - lowest) / (highest - lowest)
+        return (value - self.low) / (self.high - self.low)
+
+    def entry(self) -> dict[str, Any]:
+        """This range as a space file writes it."""
+        entry: dict[str, Any] = {"low": self.low, "high": self.high, "log": self.log}
+        return entry if self.step is None or self.log else {**entry, "step": self.step}
+
+
+@dataclass(frozen=True)
+class Choices:
+    """One of a list of numbers."""
+
+    choices: tuple[Number, ...]
+
+    @property
+    def distribution(self) -> BaseDistribution:
+        """The distribution as Optuna knows it."""
+        return CategoricalDistribution(self.choices)
+
+    def suggest(self, name: str, trial: Trial) -> Number:
+        """Ask `trial` for a value."""
+        value = trial.suggest_categorical(name, self.choices)
+        assert isinstance(value, int | float)
+        return value
+
+    def contains(self, value: Number) -> bool:
+        """Whether `value` is one of the choices."""
+        return value in self.choices
+
+    def widened(self, value: Number) -> BaseDistribution | None:
+        """The distribution, or None: a list of choices cannot grow within a study."""
+        return self.distribution if self.contains(value) else None
+
+    def at(self, fraction: float) -> Number:
+        """The choice whose share of the unit interval holds `fraction`, in rising order."""
+        ordered = sorted(self.choices)
+        fraction = min(max(fraction, 0.0), 1.0)
+        return ordered[min(int(fraction * len(ordered)), len(ordered) - 1)]
+
+    def fraction(self, value: Number) -> float:
+        """The middle of the share of the choice that is nearest to `value`."""
+        ordered = sorted(self.choices)
+        nearest = min(range(len(ordered)), key=lambda index: abs(ordered[index] - value))
+        return (nearest + 0.5) / len(ordered)
+
+    def entry(self) -> dict[str, Any]:
+        """These choices as a space file writes them."""
+        return {"choices": list(self.choices)}
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """One value, which is not searched."""
+
+    value: Number
+
+    @property
+    def distribution(self) -> None:
+        """Nothing to draw from."""
+        return
+
+    def suggest(self, name: str, trial: Trial) -> Number:
+        """Return the value; the trial is not asked."""
+        return self.value
+
+    def entry(self) -> Number:
+        """This value as a space file writes it."""
+        return self.value
+
+
+Parameter = Range | Choices | Fixed
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One rule that a space file breaks.
+
+    Attributes
+    ----------
+    field
+        Dotted name, such as ``space.width.low``; empty for the file as a whole.
+    given
+        The value that stands there.
+    rule
+        What is allowed.
+    """
+
+    field: str
+    given: Any
+    rule: str
+
+
+def unknown_key(name: str, allowed: list[str]) -> str:
+    """The rule for a key that does not exist."""
+    near = nearest_name(name, allowed)
+    hint = f"; did you mean {near!r}?" if near else ""
+    return f"unknown key{hint} (allowed: {', '.join(allowed)})"
+
+
+def read_parameter(name: str, given: Any) -> tuple[Parameter | None, list[Problem]]:
+    """Read what a space file says of one hyperparameter.
+
+    Parameters
+    ----------
+    name
+        One of `HYPERPARAMETERS`.
+    given
+        ``{low, high, log, step}``, ``{choices}`` or a number.
+
+    Returns
+    -------
+    parameter
+        None where there is a problem.
+    problems
+        Every rule that is broken.
+    """
+    kind, field = HYPERPARAMETERS[name], f"space.{name}"
+    if isinstance(given, Range | Choices | Fixed):
+        given = given.entry()
+    if not isinstance(given, Mapping):
+        if isinstance(given, list):
+            rule = f"a list of values is written {{choices: {given}}}"
+            return None, [Problem(field, given, rule)]
+        problems: list[Problem] = []
+        value = _number(kind, field, given, problems)
+        return (None if problems else Fixed(value)), problems
+    if "choices" in given:
+        return _read_choices(kind, field, given)
+    return _read_range(kind, field, given)
+
+
+def _read_choices(
+    kind: Hyperparameter, field: str, given: Mapping[str, Any]
+) -> tuple[Parameter | None, list[Problem]]:
+    problems = [
+        Problem(f"{field}.{key}", given[key], "choices stand alone, without low, high, log, step")
+        for key in given
+        if key != "choices"
+    ]
+    choices = given["choices"]
+    if not isinstance(choices, list | tuple) or not choices:
+        problems.append(
+            Problem(f"{field}.choices", choices, f"must list at least one value, {kind.rule}")
+        )
+        return None, problems
+    values = [
+        _number(kind, f"{field}.choices[{index}]", value, problems)
+        for index, value in enumerate(choices)
+    ]
+    if not problems and len(set(values)) < len(values):
+        problems.append(Problem(f"{field}.choices", choices, "must name each value once"))
+    return (None if problems else Choices(tuple(values))), problems
+
+
+def _read_range(
+    kind: Hyperparameter, field: str, given: Mapping[str, Any]
+) -> tuple[Parameter | None, list[Problem]]:
+    allowed = ["low", "high", "log", "step", "choices"]
+    problems = [
+        Problem(f"{field}.{key}", given[key], unknown_key(str(key), allowed))
+        for key in given
+        if key not in allowed
+    ]
+    log = given.get("log", False)
+    if not isinstance(log, bool):
+        problems.append(Problem(f"{field}.log", log, "must be true or false"))
+    bounds: dict[str, Number] = {}
+    for end in ("low", "high"):
+        if end not in given:
+            problems.append(Problem(field, dict(given), f"needs low and high; {end} is missing"))
+        elif log is True and _is_number(given[end]) and given[end] <= 0:
+            rule = "must be above 0 on a log scale"
+            problems.append(Problem(f"{field}.{end}", given[end], rule))
+        else:
+            bounds[end] = _number(kind, f"{field}.{end}", given[end], problems)
+    if problems:
+        return None, problems
+    low, high = bounds["low"], bounds["high"]
+    if low >= high:
+        return None, [Problem(f"{field}.low", low, f"must be below high ({high:g})")]
+    step = given.get("step")
+    if step is not None:
+        broken = _step_rule(kind, step, low, high, log)
+        if broken:
+            return None, [Problem(f"{field}.step", step, broken)]
+        step = int(step) if kind.whole else float(step)
+    elif kind.whole:
+        step = 1
+    return Range(low, high, log=log, step=step, whole=kind.whole), []
+
+
+def _step_rule(kind: Hyperparameter, step: Any, low: Number, high: Number, log: bool) -> str | None:
+    """The rule that a step breaks, if any."""
+    if not _is_number(step) or (kind.whole and step != int(step)):
+        return f"must be {'a whole number' if kind.whole else 'a number'} above 0"
+    if log and not (kind.whole and step == 1):
+        return "cannot be combined with log: true"
+    if not 0 < step <= high - low:
+        return f"must be above 0 and at most high - low ({high - low:g})"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _number(kind: Hyperparameter, field: str, value: Any, problems: list[Problem]) -> Number:
+    """Return `value` as a number of `kind`; where it is none, note the problem."""
+    try:
+        return kind.coerce(value)
+    except ValueError as error:
+        problems.append(Problem(field, value, str(error)))
+        return kind.default

@@ -1,0 +1,141 @@
+"""The one place that writes a search's records: a Ray Tune callback in the driver."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ray.tune import Callback, Stopper
+
+from desisky_tune.search.events import EventSink, TrialFinished, TrialReported
+from desisky_tune.search.folder import RunFolder
+from desisky_tune.search.records import Ledger, TrialRecord, best_record, finish
+
+#: Trials that may fail one after another, before any has completed, until a search gives up.
+FAILURES_IN_A_ROW = 8
+
+
+class Recorder(Callback):
+    """Turns what Ray Tune says of a trial into a line of the ledger, once per trial.
+
+    Parameters
+    ----------
+    folder
+        The run.
+    known
+        Records of trials that finished in an earlier session of the run.
+    total
+        Trials that the whole run will have.
+    max_epochs
+        Epochs of a complete trial.
+    seed
+        Training seed of the trials.
+    emit
+        Told of each report and each finished trial.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        known: Iterable[TrialRecord],
+        *,
+        total: int,
+        max_epochs: int,
+        seed: int,
+        emit: EventSink,
+    ) -> None:
+        self._folder = folder
+        self._ledger = Ledger(folder.ledger)
+        self._records = {record.number: record for record in known}
+        self._started = set(folder.read_started()) | set(self._records)
+        self._clock: dict[int, float] = {}
+        self._rungs: dict[int, dict[int, float]] = {}
+        self._total = total
+        self._max_epochs = max_epochs
+        self._seed = seed
+        self._emit = emit
+        self.failures_in_a_row = 0
+
+    @property
+    def records(self) -> list[TrialRecord]:
+        """All finished trials, by number."""
+        return [self._records[number] for number in sorted(self._records)]
+
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """Write down that a trial was handed out, before its first epoch."""
+        number, configuration = _identity(trial)
+        self._clock.setdefault(number, time.time())
+        if number not in self._started:
+            self._started.add(number)
+            self._folder.note_started(number, configuration)
+
+    def on_trial_result(
+        self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Pass a report on."""
+        number, _ = _identity(trial)
+        if result.get("reason") is None:
+            epochs, objective = int(result["epochs"]), float(result["objective"])
+            self._rungs.setdefault(number, {})[epochs] = objective
+            self._emit(TrialReported(number, epochs, objective))
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """Record a trial that ended by itself or was pruned."""
+        self._record(trial, trial.last_result, reason=trial.last_result.get("reason"))
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """Record a trial whose process failed more often than it may."""
+        self._record(trial, trial.last_result or {}, reason=_reason(trial))
+
+    def _record(self, trial: Any, result: Mapping[str, Any], *, reason: str | None) -> None:
+        number, configuration = _identity(trial)
+        if number in self._records:
+            return
+        record = finish(
+            number=number,
+            configuration=configuration,
+            result=result,
+            max_epochs=self._max_epochs,
+            reason=reason,
+            seed=self._seed,
+            started=self._clock.get(number, time.time()),
+            ended=time.time(),
+            rungs=self._rungs.pop(number, {}),
+        )
+        self._ledger.append(record)
+        self._records[number] = record
+        self.failures_in_a_row = self.failures_in_a_row + 1 if record.state == "FAIL" else 0
+        self._emit(
+            TrialFinished(record, len(self._records), self._total, best_record(self.records))
+        )
+
+
+class GiveUp(Stopper):
+    """Ends a search when trials fail one after another."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Stop no single trial."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Stop everything after `FAILURES_IN_A_ROW` failures without a success between."""
+        return self._recorder.failures_in_a_row >= FAILURES_IN_A_ROW
+
+
+def _identity(trial: Any) -> tuple[int, dict[str, Any]]:
+    configuration = {name: value for name, value in trial.config.items() if name != "trial"}
+    return int(trial.config["trial"]), configuration
+
+
+def _reason(trial: Any) -> str:
+    error = trial.get_error() if hasattr(trial, "get_error") else None
+    lines = [line.strip() for line in str(error or "").splitlines() if line.strip()]
+    if not lines:
+        return "the trial's process ended without saying why"
+    # Ray wraps the cause: what was raised stands in the last line, the kind of death in the first.
+    text = lines[-1] if "Error" in lines[-1] else lines[0]
+    return text[:500]

@@ -1,0 +1,303 @@
+"""The searcher: Ray Tune's `OptunaSearch` with a study that says what happened.
+
+What Ray's class does otherwise, and this one corrects: it tells a trial that the
+scheduler stopped COMPLETE with its low-budget value, keeps its last report from the
+study, and leaves a trial with NaN RUNNING for ever. Here `finish` decides every state.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+from sqlalchemy import URL
+
+from desisky_tune.errors import RunError
+from desisky_tune.files import atomic_path
+from desisky_tune.search.records import TrialRecord, finish
+from desisky_tune.search.samplers import make_sampler
+from desisky_tune.search.schedulers import METRIC, MODE, TIME
+from desisky_tune.search.space import SearchSpec, default_configuration
+
+Pending = Sequence[tuple[int, Mapping[str, Any]]]
+
+
+class StudySearch(OptunaSearch):
+    """Suggests configurations, and tells the study how their trials end.
+
+    A suggestion is a configuration with one more key, ``trial``: the trial's number in
+    the study, which is its number everywhere.
+
+    Parameters
+    ----------
+    spec
+        The search.
+    path
+        The study's file (sqlite). It is made when missing; one that exists is continued.
+    workers
+        Trials in flight, for the record.
+    """
+
+    def __init__(self, spec: SearchSpec, path: str | Path, *, workers: int = 1) -> None:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.spec = spec
+        self.path = Path(path)
+        self.workers = workers
+        self._numbers: dict[str, int] = {}
+        self._configurations: dict[int, dict[str, Any]] = {}
+        self._reports: dict[int, dict[int, float]] = {}
+        self._ids: dict[int, int] = {}
+        self._waiting: list[tuple[int, dict[str, Any]]] = []
+        self._store = open_storage(self.path)
+        super().__init__(
+            space=spec.suggest,
+            metric=METRIC,
+            mode=MODE,
+            sampler=make_sampler(spec, 0),
+            storage=self._store,
+            study_name=spec.name,
+        )
+        self.records: dict[int, TrialRecord] = {}
+
+    @property
+    def study(self) -> optuna.Study:
+        """The study."""
+        study: Any = self._ot_study
+        assert isinstance(study, optuna.Study)
+        return study
+
+    def set_search_properties(
+        self, metric: str | None, mode: str | None, config: Any, **spec: Any
+    ) -> bool:
+        """Accept what is set here already; refuse anything else."""
+        return metric in (None, METRIC) and mode in (None, MODE) and not config
+
+    def prime(self, records: Iterable[TrialRecord], pending: Pending = ()) -> None:
+        """Make ready to go on with a study that `rebuild_study` has written.
+
+        Parameters
+        ----------
+        records
+            The finished trials.
+        pending
+            (number, configuration) of the trials that were handed out and have not
+            finished: they are suggested first, as they were.
+
+        Raises
+        ------
+        RunError
+            When the study does not hold these trials.
+        """
+        finished = {record.number for record in records}
+        states = {trial.number: trial.state for trial in self.study.get_trials(deepcopy=False)}
+        ended = {number for number, state in states.items() if state.is_finished()}
+        if ended != finished:
+            raise RunError(
+                f"{self.path}: holds {len(ended)} finished trials, the ledger {len(finished)}; "
+                "it must be written anew from the ledger"
+            )
+        for number, configuration in sorted(pending, key=lambda entry: entry[0]):
+            if number not in finished:
+                self._claim(number, configuration)
+                self._waiting.append((number, dict(configuration)))
+
+    def suggest(self, trial_id: str) -> Any:
+        """Return the next configuration, or `FINISHED` when all trials were handed out."""
+        if self._waiting:
+            number, configuration = self._waiting.pop(0)
+        else:
+            number = self._next_number()
+            if number >= self.spec.search.trials:
+                return Searcher.FINISHED
+            configuration = self._new(number)
+        self._numbers[trial_id] = number
+        self._configurations[number] = configuration
+        self._reports[number] = {}
+        return {"trial": number, **configuration}
+
+    def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
+        """Keep a report as an intermediate value at its epoch."""
+        number = self._numbers[trial_id]
+        epochs, objective = int(result[TIME]), float(result[METRIC])
+        self._report(number, epochs, objective)
+
+    def on_trial_complete(
+        self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Tell the study how a trial ended; the record is then in `records`."""
+        number = self._numbers[trial_id]
+        if number in self.records:
+            return
+        record = finish(
+            number=number,
+            configuration=self._configurations[number],
+            result=result,
+            max_epochs=self.spec.training.epochs,
+            reason="the trial's process failed" if error else None,
+            seed=self.spec.training.seed,
+            rungs=self._reports.get(number),
+        )
+        for epochs, objective in record.rungs.items():
+            self._report(number, epochs, objective)
+        trial = self._trial_id(number)
+        for name, value in _notes(record).items():
+            self._store.set_trial_user_attr(trial, name, value)
+        value = None if record.state == "FAIL" else record.objective
+        # Told to the storage, because a study that is told PRUNED takes no value of ours.
+        self._store.set_trial_state_values(
+            trial, TrialState[record.state], None if value is None else [value]
+        )
+        self.records[number] = record
+
+    def save(self, checkpoint_path: str) -> None:
+        """Write what a later process needs to go on, beside the study's own file."""
+        state = {
+            name: getattr(self, name)
+            for name in ("_numbers", "_configurations", "_reports", "_waiting", "records")
+        }
+        with open(checkpoint_path, "wb") as stream:
+            pickle.dump(state, stream)
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Take up what `save` wrote (a file of one's own: it is unpickled)."""
+        with open(checkpoint_path, "rb") as stream:
+            self.__dict__.update(pickle.load(stream))
+
+    def close(self) -> None:
+        """Let go of the study's file."""
+        close_storage(self._store)
+
+    def _next_number(self) -> int:
+        """The number of the next new trial: a gap that was left in the study, or its end."""
+        trials = self.study.get_trials(deepcopy=False)
+        gaps = [trial.number for trial in trials if trial.state == TrialState.WAITING]
+        return min(gaps, default=len(trials))
+
+    def _new(self, number: int) -> dict[str, Any]:
+        if number == 0 and self.spec.search.default_first:
+            configuration = default_configuration(self.spec)
+            self._claim(0, configuration)
+            return configuration
+        self.study.sampler = make_sampler(self.spec, number)
+        trial = self.study.ask()
+        if trial.number != number:
+            raise RunError(f"{self.path}: something else is writing to this study")
+        return self.spec.suggest(trial)
+
+    def _claim(self, number: int, configuration: Mapping[str, Any]) -> None:
+        """Make trial `number` a running one with this configuration."""
+        for _ in range(len(self.study.get_trials(deepcopy=False)), number + 1):
+            self.study.add_trial(optuna.create_trial(state=TrialState.WAITING))
+        trial = self._trial_id(number)
+        self._store.set_trial_state_values(trial, TrialState.RUNNING)
+        params, distributions = self.spec.as_params(configuration)
+        for name, distribution in distributions.items():
+            inner = distribution.to_internal_repr(params[name])
+            self._store.set_trial_param(trial, name, inner, distribution)
+
+    def _report(self, number: int, epochs: int, objective: float) -> None:
+        if objective == objective and abs(objective) != float("inf"):
+            self._reports.setdefault(number, {})[epochs] = objective
+            trial = self._trial_id(number)
+            self._store.set_trial_intermediate_value(trial, epochs, objective)
+
+    def _trial_id(self, number: int) -> int:
+        """The storage's own id of a trial."""
+        if number not in self._ids:
+            study = self._store.get_study_id_from_name(self.spec.name)
+            found = self._store.get_trial_id_from_study_id_trial_number(study, number)
+            self._ids[number] = int(found)
+        return self._ids[number]
+
+
+class _UnsyncedConnection(sqlite3.Connection):
+    """Leaves the flushing of each commit to the system.
+
+    A suggestion takes a dozen commits, and the file can always be written anew from the
+    ledger, which does wait for the disk.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.execute("PRAGMA synchronous = OFF")
+
+
+def open_storage(path: str | Path) -> RDBStorage:
+    """Open a study's file; it is made when missing."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    url = URL.create("sqlite", database=str(Path(path).absolute()))
+    return RDBStorage(
+        url.render_as_string(hide_password=False),
+        engine_kwargs={"connect_args": {"factory": _UnsyncedConnection}},
+    )
+
+
+def close_storage(storage: RDBStorage) -> None:
+    """Close the connections to a study's file."""
+    storage.remove_session()
+    storage.engine.dispose()
+
+
+def rebuild_study(path: str | Path, spec: SearchSpec, records: Iterable[TrialRecord]) -> None:
+    """Write a study anew from the ledger's records; the old file is replaced at once.
+
+    Numbers, configurations, states, values and intermediate values are those of the
+    records. A number that is missing between them is left waiting: `StudySearch.prime`
+    takes it up, or it is suggested next.
+
+    Parameters
+    ----------
+    path
+        The study's file.
+    spec
+        The search.
+    records
+        The finished trials.
+    """
+    by_number = {record.number: record for record in records}
+    with atomic_path(path) as temporary:
+        storage = open_storage(temporary)
+        try:
+            study = optuna.create_study(storage=storage, study_name=spec.name, direction="minimize")
+            study.add_trials(
+                _frozen(spec, by_number[number])
+                if number in by_number
+                else optuna.create_trial(state=TrialState.WAITING)
+                for number in range(max(by_number, default=-1) + 1)
+            )
+        finally:
+            close_storage(storage)
+
+
+def _frozen(spec: SearchSpec, record: TrialRecord) -> FrozenTrial:
+    params, distributions = spec.as_params(record.configuration)
+    trial = optuna.create_trial(
+        state=TrialState[record.state],
+        value=record.objective,
+        params=params,
+        distributions=distributions,
+        intermediate_values=record.rungs,
+        user_attrs=_notes(record),
+    )
+    trial.datetime_start = datetime.fromtimestamp(record.started)
+    trial.datetime_complete = datetime.fromtimestamp(record.ended)
+    return trial
+
+
+def _notes(record: TrialRecord) -> dict[str, Any]:
+    """What a study shows of a trial beside Optuna's own fields."""
+    notes: dict[str, Any] = {"configuration": record.configuration}
+    if record.reason is not None:
+        notes["reason"] = record.reason
+    if record.rmse is not None:
+        notes |= {"rmse": record.rmse, "best_epoch": record.best_epoch}
+    return notes

@@ -1,0 +1,145 @@
+"""A search's trial as Ray Tune sees it, and the roster that lets all of them in.
+
+A trial is a thin class trainable: it asks a backend to take its configuration to
+the next rung and reports what comes back. One process serves many trials in turn
+(``reuse_actors``), so whatever a trial holds is released in `reset_config` as well as
+in `cleanup`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ray import tune
+
+from desisky_tune.search.backend import Assignment, Backend, Progress
+
+#: Seconds that a first result waits for the other trial processes to start.
+ROSTER_PATIENCE = 60.0
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """What every trial of a search shares.
+
+    Attributes
+    ----------
+    rungs
+        Epochs (in total) at which a trial reports, ascending; the last is the end.
+    seed
+        Seed of the initial weights and shuffles of every trial.
+    backend
+        Makes the backend inside the trial's process; called once per process.
+    environment
+        Set in the trial's process before JAX is imported there.
+    """
+
+    rungs: tuple[int, ...]
+    seed: int
+    backend: Callable[[], Backend]
+    environment: Mapping[str, str]
+
+
+class Roster:
+    """Counts the trial processes that have started (an asyncio Ray actor).
+
+    Ray Tune hands a process that finished early the next trial and then kills the
+    processes that are still starting; a whole search can end up in one process.
+    Holding the first results until all have joined prevents it.
+    """
+
+    def __init__(self, expected: int) -> None:
+        self._expected = expected
+        self._joined: set[str] = set()
+        self._full = asyncio.Event()
+
+    async def join(self, member: str) -> None:
+        """Count a process in; a second call by the same one changes nothing."""
+        self._joined.add(member)
+        if len(self._joined) >= self._expected:
+            self._full.set()
+
+    async def wait(self, patience: float) -> bool:
+        """Return True once all have joined, False after `patience` seconds."""
+        try:
+            await asyncio.wait_for(self._full.wait(), patience)
+        except TimeoutError:
+            # One wait is enough: the rest of the search goes on with those that came.
+            self._full.set()
+            return False
+        return True
+
+
+class SearchTrial(tune.Trainable):
+    """One trial: advances to the next rung at each step."""
+
+    def setup(self, config: dict[str, Any], plan: TrialPlan, roster: Any = None) -> None:
+        """Begin the process's first trial."""
+        os.environ.update(plan.environment)
+        self._plan = plan
+        self._backend = plan.backend()
+        self._roster = roster
+        if roster is not None:
+            roster.join.remote(f"{self._local_ip}:{os.getpid()}")
+        self._begin(config)
+
+    def step(self) -> dict[str, Any]:
+        """Take the trial to its next rung.
+
+        An exception in the backend ends this trial, with the reason in its result,
+        and not the process: the same configuration would raise again.
+        """
+        target = next(rung for rung in self._plan.rungs if rung > self._epochs)
+        try:
+            progress = self._backend.advance(self._assignment, target)
+        except Exception as error:
+            progress = _stopped_by(error, self._epochs)
+        if self._roster is not None:
+            import ray
+
+            ray.get(self._roster.wait.remote(ROSTER_PATIENCE))
+            self._roster = None
+        self._epochs = progress.epochs
+        done = progress.failed or progress.epochs >= self._plan.rungs[-1]
+        return {**progress.as_result(), "seed": self._plan.seed, "done": done}
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Release the trial that was, and begin the next in the same process."""
+        self._backend.release(self._assignment)
+        self._begin(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        """Release the last trial of this process."""
+        self._backend.release(self._assignment)
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Keep nothing here: the backend has written the trial's state at its rung."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Take nothing from here: the backend goes on from the state that it wrote."""
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        configuration = {name: value for name, value in config.items() if name != "trial"}
+        self._assignment = Assignment(int(config["trial"]), configuration, self._plan.seed)
+        self._epochs = 0
+
+
+def _stopped_by(error: Exception, epochs: int) -> Progress:
+    lines = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    nan = float("nan")
+    return Progress(
+        epochs=epochs,
+        objective=nan,
+        best_epoch=-1,
+        rmse={},
+        train_loss=nan,
+        test_loss=nan,
+        seconds=0.0,
+        reason=reason[:500],
+    )

@@ -1,0 +1,9 @@
+"""Names that the training settings and the training core share."""
+
+from __future__ import annotations
+
+#: Losses that are known by name.
+LOSSES: tuple[str, ...] = ("l2", "huber")
+
+#: What a program may keep the best parameters by.
+SELECTIONS: tuple[str, ...] = ("rmse", "loss")

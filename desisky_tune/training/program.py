@@ -1,0 +1,547 @@
+"""The compiled core: one program advances a training by any number of epochs.
+
+A `Program` is compiled once per shape (model, batch size, rows). The number of epochs, the
+learning rate, the Huber delta and the seed are traced values: a new one compiles nothing. Within
+a call nothing goes to the host: the shuffle is drawn from (seed, epoch) on the device, the best
+parameters and the curve stay there, and the curve comes back as one array at the end.
+
+A training is a function of (model, seed, arrays, hyperparameters, shape) alone: advancing it 25
+times by 20 epochs, or once by 500, or through a file in between, gives the same bits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from numpy.typing import ArrayLike, NDArray
+
+from desisky_tune.errors import InputError
+from desisky_tune.training.losses import named_loss
+from desisky_tune.training.names import SELECTIONS
+from desisky_tune.training.scaling import Scaling
+from desisky_tune.training.shuffle import epoch_order
+from desisky_tune.training.steps import GenericStepper, LeanStepper, Stepper, trainable
+
+#: Epochs that one call on the device can record; a longer advance makes several calls.
+DEFAULT_CAPACITY = 512
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What may change without a compile.
+
+    Attributes
+    ----------
+    learning_rate
+        Step size of Adam (an optimizer of your own ignores it).
+    huber_delta
+        Residual (mag) at which the Huber loss turns linear; the L2 loss ignores it.
+    """
+
+    learning_rate: float
+    huber_delta: float = 1.0
+
+
+class TrainingArrays(NamedTuple):
+    """Rows on the device. Make it with `training_arrays`.
+
+    Attributes
+    ----------
+    train_inputs, validation_inputs
+        Scaled inputs, float32 ``(n, f)``.
+    train_targets, validation_targets
+        Magnitudes, float32 ``(n, out)``: losses are in magnitudes, scaled or not.
+    target_mean, target_sd
+        Turn the model's output into magnitudes, float32 ``(out,)``; 0 and 1 without a scaling.
+    """
+
+    train_inputs: jax.Array
+    train_targets: jax.Array
+    validation_inputs: jax.Array
+    validation_targets: jax.Array
+    target_mean: jax.Array
+    target_sd: jax.Array
+
+
+def training_arrays(
+    train_x: ArrayLike,
+    train_y: ArrayLike,
+    val_x: ArrayLike,
+    val_y: ArrayLike,
+    scaling: Scaling | None = None,
+) -> TrainingArrays:
+    """Scale the rows and put them on the device.
+
+    Parameters
+    ----------
+    train_x, val_x
+        Raw inputs, shape ``(n, f)``.
+    train_y, val_y
+        Magnitudes, shape ``(n, out)``.
+    scaling
+        Fitted on the training rows; None leaves inputs and outputs as they are.
+
+    Raises
+    ------
+    InputError
+        When shapes disagree, a part has no rows, or a value is not finite.
+    """
+    parts = [np.asarray(part, np.float32) for part in (train_x, train_y, val_x, val_y)]
+    names = ("training inputs", "training targets", "validation inputs", "validation targets")
+    for name, part in zip(names, parts, strict=True):
+        if part.ndim != 2 or not len(part):
+            raise InputError(f"{name} of shape {part.shape}; needed: (rows, columns), rows > 0")
+        broken = int((~np.isfinite(part)).any(axis=1).sum())
+        if broken:
+            raise InputError(
+                f"{name}: {broken} of {len(part)} rows hold values that are not finite"
+            )
+    shapes = [part.shape for part in parts]
+    if (
+        shapes[0][0] != shapes[1][0]
+        or shapes[2][0] != shapes[3][0]
+        or shapes[0][1] != shapes[2][1]
+        or shapes[1][1] != shapes[3][1]
+    ):
+        raise InputError(f"rows or columns of training and validation disagree: {shapes}")
+    outputs = shapes[1][1]
+    mean, sd = np.zeros(outputs), np.ones(outputs)
+    if scaling is not None:
+        mean, sd = scaling.target_mean, scaling.target_sd
+        parts[0], parts[2] = scaling.scale_inputs(train_x), scaling.scale_inputs(val_x)
+    return TrainingArrays(
+        *map(jnp.asarray, parts), jnp.asarray(mean, jnp.float32), jnp.asarray(sd, jnp.float32)
+    )
+
+
+class TrainState(NamedTuple):
+    """Where a training stands: a pytree of arrays, never changed in place.
+
+    Attributes
+    ----------
+    parameters, optimiser
+        Of the last epoch, in the program's own layout (`Program.last_model` unpacks them).
+    best_parameters
+        Of the best epoch so far (`Program.best_model`).
+    best_value
+        What was lowest there: the objective or the test loss; infinity before any epoch.
+    best_epoch
+        Counted from 0; -1 before any epoch.
+    epoch
+        Epochs done.
+    seed
+        Of the shuffles.
+    failed
+        True after a loss or an objective that is not finite. Such a training does not advance.
+    """
+
+    parameters: Any
+    optimiser: Any
+    best_parameters: Any
+    best_value: jax.Array
+    best_epoch: jax.Array
+    epoch: jax.Array
+    seed: jax.Array
+    failed: jax.Array
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The epochs of one `Program.advance`, as NumPy arrays.
+
+    After a value that is not finite the training stops: the curve ends with that epoch, and
+    `failed` is True. Epochs that were not validated hold NaN, and False in `validated`.
+
+    Attributes
+    ----------
+    train_loss
+        Shape ``(k,)``: mean over the training rows, each at the time of its own step.
+    test_loss
+        Shape ``(k,)``: over all validation rows after the epoch.
+    objective
+        Shape ``(k,)``, mag: mean of `rmse` over the outputs.
+    rmse
+        Shape ``(k, out)``, mag, over all validation rows.
+    validated
+        Shape ``(k,)``, bool.
+    failed
+        True when the last epoch gave a value that is not finite.
+    """
+
+    train_loss: NDArray[np.float32]
+    test_loss: NDArray[np.float32]
+    objective: NDArray[np.float32]
+    rmse: NDArray[np.float32]
+    validated: NDArray[np.bool_]
+    failed: bool
+
+    def __len__(self) -> int:
+        return len(self.train_loss)
+
+
+class Program:
+    """A compiled training of one shape.
+
+    Parameters
+    ----------
+    model
+        An Equinox module of the structure to train; its weights are not used.
+    batch_size
+        Rows a step.
+    loss
+        "l2", "huber", or a callable ``(pred, targets) -> scalar``.
+    select
+        Keep the parameters of the epoch with the lowest "rmse" (the objective: mean over the
+        outputs of the RMSE over the validation rows) or the lowest test "loss".
+    optimizer
+        Any optax optimizer; None is Adam, whose learning rate is then traced.
+    validate_every
+        Validate every so many epochs, from epoch 0 on.
+    shuffle
+        Draw a new order of the rows each epoch.
+    drop_last
+        Leave out the rows that do not fill a batch.
+    capacity
+        Epochs that one device call can record.
+    lean
+        False takes the general step where the lean one would fit (for comparison).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        batch_size: int,
+        loss: str | Callable[[Any, Any], Any] = "huber",
+        select: str = "rmse",
+        optimizer: optax.GradientTransformation | None = None,
+        validate_every: int = 1,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        capacity: int = DEFAULT_CAPACITY,
+        lean: bool = True,
+    ) -> None:
+        for name, value in (
+            ("batch_size", batch_size),
+            ("validate_every", validate_every),
+            ("capacity", capacity),
+        ):
+            if value < 1:
+                raise InputError(f"Program: {name} is {value}; it must be at least 1")
+        if select not in SELECTIONS:
+            raise InputError(f"Program: select is {select!r}; it must be one of {SELECTIONS}")
+        self._loss = named_loss(loss)
+        self._skeleton = eqx.filter(model, trainable, inverse=True)
+        self._abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+            eqx.filter(model, trainable),
+        )
+        self._batch_size = batch_size
+        self._select = select
+        self._validate_every = validate_every
+        self._shuffle = shuffle
+        self._drop_last = drop_last
+        self._capacity = capacity
+        self._stepper: Stepper
+        if lean and optimizer is None and LeanStepper.fits(model):
+            self._stepper = LeanStepper(self._skeleton, batch_size)
+        else:
+            self._stepper = GenericStepper(self._skeleton, optimizer)
+        self._begin = jax.jit(self._begin_on_device)
+        self._advance = jax.jit(self._advance_on_device)
+        self._unpack = jax.jit(self._unpack_on_device)
+
+    # ------------------------------------------------------------------ life of a training
+
+    def init(self, seed: int = 0, model: Any = None) -> TrainState:
+        """Begin a training.
+
+        Parameters
+        ----------
+        seed
+            Of the shuffles, and of the initial weights where no model is given; 0..2**32-1.
+        model
+            Initial weights, in the program's own (maybe scaled) space. None, for an MLP: those
+            of ``equinox.nn.MLP(..., key=jax.random.PRNGKey(seed))``.
+        """
+        if not 0 <= seed < 2**32:
+            raise InputError(f"Program: seed is {seed}; it must be in 0..2**32-1")
+        if model is None:
+            model = self._fresh(seed)
+        arrays = eqx.filter(model, eqx.is_inexact_array)
+        if jax.tree.structure(arrays) != jax.tree.structure(self._abstract) or any(
+            (leaf.shape, leaf.dtype) != (like.shape, like.dtype)
+            for leaf, like in zip(
+                jax.tree.leaves(arrays), jax.tree.leaves(self._abstract), strict=True
+            )
+        ):
+            raise InputError("Program.init: the model is not of the structure of this program")
+        return self._begin(arrays, jnp.uint32(seed))
+
+    def advance(
+        self,
+        state: TrainState,
+        arrays: TrainingArrays,
+        hyperparameters: Hyperparameters,
+        epochs: int,
+    ) -> tuple[TrainState, Curve]:
+        """Train for `epochs` more epochs, or until a value is not finite.
+
+        Parameters
+        ----------
+        state
+            From `init`, `advance` or `load_state`; it stays valid.
+        arrays
+            From `training_arrays`.
+        hyperparameters
+            May differ from call to call.
+        epochs
+            0 or more.
+
+        Returns
+        -------
+        state, curve
+            Where the training stands now, and the epochs just done.
+        """
+        rate = jnp.float32(hyperparameters.learning_rate)
+        delta = jnp.float32(hyperparameters.huber_delta)
+        rows: list[NDArray[np.float32]] = []
+        while epochs > 0:
+            count = min(epochs, self._capacity)
+            state, done, buffer = self._advance(state, arrays, rate, delta, jnp.int32(count))
+            rows.append(np.asarray(buffer)[: int(done)])
+            epochs -= count
+            if bool(state.failed):
+                break
+        outputs = arrays.train_targets.shape[1]
+        table = np.concatenate(rows) if rows else np.empty((0, 4 + outputs), np.float32)
+        return state, Curve(
+            train_loss=table[:, 0],
+            test_loss=table[:, 1],
+            objective=table[:, 2],
+            rmse=table[:, 3:-1],
+            validated=table[:, -1] > 0,
+            failed=bool(state.failed),
+        )
+
+    def best_model(self, state: TrainState) -> Any:
+        """Return the model of the best epoch (the initial one before any), in its own space."""
+        return eqx.combine(self._unpack(state.best_parameters), self._skeleton)
+
+    def last_model(self, state: TrainState) -> Any:
+        """Return the model of the last epoch, in its own space."""
+        return eqx.combine(self._unpack(state.parameters), self._skeleton)
+
+    def save_state(self, path: str | os.PathLike[str], state: TrainState) -> None:
+        """Write a state to a file, atomically; see `desisky_tune.training.state_file`."""
+        from desisky_tune.training.state_file import write_state
+
+        write_state(path, state)
+
+    def load_state(self, path: str | os.PathLike[str]) -> TrainState:
+        """Read a state of this program back; the training goes on bit for bit.
+
+        Raises
+        ------
+        MissingFileError, CheckpointError
+            When there is no such file, or it is damaged or of another program.
+        """
+        from desisky_tune.training.state_file import read_state
+
+        like = jax.eval_shape(
+            self._begin_on_device, self._abstract, jax.ShapeDtypeStruct((), jnp.uint32)
+        )
+        return read_state(path, like)
+
+    # ------------------------------------------------------------------ inside the compiled part
+
+    def _fresh(self, seed: int) -> eqx.nn.MLP:
+        skeleton = self._skeleton
+        if type(skeleton) is not eqx.nn.MLP:
+            raise InputError("Program.init: a model that is no equinox.nn.MLP must be given")
+        return eqx.nn.MLP(
+            in_size=skeleton.in_size,
+            out_size=skeleton.out_size,
+            width_size=skeleton.width_size,
+            depth=skeleton.depth,
+            activation=skeleton.activation,
+            final_activation=skeleton.final_activation,
+            use_bias=skeleton.use_bias,
+            use_final_bias=skeleton.use_final_bias,
+            key=jax.random.PRNGKey(seed),
+        )
+
+    def _begin_on_device(self, arrays: Any, seed: jax.Array) -> TrainState:
+        parameters = self._stepper.pack(eqx.combine(arrays, self._skeleton))
+        return TrainState(
+            parameters=parameters,
+            optimiser=self._stepper.begin(parameters),
+            best_parameters=parameters,
+            best_value=jnp.float32(jnp.inf),
+            best_epoch=jnp.int32(-1),
+            epoch=jnp.int32(0),
+            seed=seed,
+            failed=jnp.bool_(False),
+        )
+
+    def _unpack_on_device(self, packed: Any) -> Any:
+        return eqx.filter(self._stepper.unpack(packed), eqx.is_inexact_array)
+
+    def _advance_on_device(
+        self, state: TrainState, arrays: TrainingArrays, rate: Any, delta: Any, epochs: Any
+    ) -> tuple[TrainState, jax.Array, jax.Array]:
+        """Return the new state, the epochs done, and a table with a row for each of them."""
+
+        def goes_on(carry: tuple[TrainState, jax.Array, jax.Array]) -> jax.Array:
+            state, done, _ = carry
+            return (done < epochs) & ~state.failed
+
+        def next_epoch(
+            carry: tuple[TrainState, jax.Array, jax.Array],
+        ) -> tuple[TrainState, jax.Array, jax.Array]:
+            state, done, table = carry
+            state, row = self._epoch(state, arrays, rate, delta)
+            return state, done + 1, table.at[done].set(row)
+
+        columns = 4 + arrays.train_targets.shape[1]
+        table = jnp.full((self._capacity, columns), jnp.nan, jnp.float32)
+        return lax.while_loop(goes_on, next_epoch, (state, jnp.int32(0), table))
+
+    def _epoch(
+        self, state: TrainState, arrays: TrainingArrays, rate: Any, delta: Any
+    ) -> tuple[TrainState, jax.Array]:
+        parameters, optimiser, train_loss = self._pass(state, arrays, rate, delta)
+        outputs = arrays.train_targets.shape[1]
+
+        def validate(parameters: Any) -> jax.Array:
+            predictions = self._magnitudes(
+                self._stepper.predict(parameters, arrays.validation_inputs), arrays
+            )
+            test_loss = self._loss(predictions, arrays.validation_targets, delta)
+            rmse = jnp.sqrt(jnp.mean((predictions - arrays.validation_targets) ** 2, axis=0))
+            return jnp.concatenate([jnp.stack([test_loss, rmse.mean()]), rmse])
+
+        if self._validate_every == 1:
+            due, measured = jnp.bool_(True), validate(parameters)
+        else:
+            due = state.epoch % self._validate_every == 0
+            measured = lax.cond(
+                due, validate, lambda _: jnp.full(2 + outputs, jnp.nan, jnp.float32), parameters
+            )
+        # Only what is finite may be the best: a NaN compares as not lower, an infinite loss
+        # of the training rows is excluded here.
+        failed = ~jnp.isfinite(train_loss) | (due & ~jnp.isfinite(measured[:2]).all())
+        value = measured[1] if self._select == "rmse" else measured[0]
+        better = due & ~failed & (value < state.best_value)
+        row = jnp.concatenate([train_loss[None], measured, due[None].astype(jnp.float32)])
+        return state._replace(
+            parameters=parameters,
+            optimiser=optimiser,
+            best_parameters=jax.tree.map(
+                lambda new, old: jnp.where(better, new, old), parameters, state.best_parameters
+            ),
+            best_value=jnp.where(better, value, state.best_value),
+            best_epoch=jnp.where(better, state.epoch, state.best_epoch),
+            epoch=state.epoch + 1,
+            failed=failed,
+        ), row
+
+    def _pass(
+        self, state: TrainState, arrays: TrainingArrays, rate: Any, delta: Any
+    ) -> tuple[Any, Any, jax.Array]:
+        """Take one step on each batch; return the mean loss of the rows, too."""
+        inputs, targets = arrays.train_inputs, arrays.train_targets
+        rows, batch = len(inputs), self._batch_size
+        if self._shuffle:
+            order = epoch_order(state.seed, state.epoch, rows)
+            inputs, targets = inputs[order], targets[order]
+        full, short = divmod(rows, batch)
+        if self._drop_last:
+            short = 0
+        if not (full or short):
+            raise InputError(f"drop_last leaves no batch of {batch} out of {rows} rows")
+
+        def step(carry: tuple[Any, Any], batch: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+            prepared, observed = batch
+            *carry_out, loss = self._stepper.step(
+                *carry,
+                prepared,
+                lambda output: self._loss(self._magnitudes(output, arrays), observed, delta),
+                rate,
+            )
+            return tuple(carry_out), loss
+
+        carry: Any = (state.parameters, state.optimiser)
+        total = jnp.float32(0)
+        used = full * batch
+        if full:
+            stacked = (
+                inputs[:used].reshape(full, batch, -1),
+                targets[:used].reshape(full, batch, -1),
+            )
+            carry, losses = lax.scan(step, carry, (self._stepper.batches(stacked[0]), stacked[1]))
+            total = batch * losses.sum()
+        if short:
+            # A step of its own size, not a padded one: exact, and no operation on padding.
+            last = self._stepper.batches(inputs[None, used:])
+            carry, loss = step(carry, (jax.tree.map(lambda part: part[0], last), targets[used:]))
+            total = total + short * loss
+        parameters, optimiser = carry
+        return parameters, optimiser, total / (used + short)
+
+    @staticmethod
+    def _magnitudes(output: jax.Array, arrays: TrainingArrays) -> jax.Array:
+        return output * arrays.target_sd + arrays.target_mean
+
+
+@lru_cache(maxsize=64)
+def program_for(
+    *,
+    in_size: int,
+    out_size: int,
+    width: int,
+    depth: int,
+    batch_size: int,
+    loss: str | Callable[[Any, Any], Any] = "huber",
+    select: str = "rmse",
+    epochs: int = DEFAULT_CAPACITY,
+    optimizer: optax.GradientTransformation | None = None,
+    validate_every: int = 1,
+    shuffle: bool = True,
+    drop_last: bool = False,
+) -> Program:
+    """Return the program of an MLP's shape; asked for again, the same one, compiled already.
+
+    Parameters
+    ----------
+    in_size, out_size, width, depth
+        Of the MLP (ReLU, `depth` hidden layers of `width` units).
+    epochs
+        Capacity: what one device call can record. Any number of epochs can be trained.
+    batch_size, loss, select, optimizer, validate_every, shuffle, drop_last
+        As for `Program`.
+    """
+    skeleton = eqx.filter_eval_shape(
+        eqx.nn.MLP, in_size, out_size, width, depth, key=jax.random.PRNGKey(0)
+    )
+    return Program(
+        skeleton,
+        batch_size=batch_size,
+        loss=loss,
+        select=select,
+        optimizer=optimizer,
+        validate_every=validate_every,
+        shuffle=shuffle,
+        drop_last=drop_last,
+        capacity=epochs,
+    )

@@ -1,0 +1,21 @@
+"""Shared by all tests: one Ray for the whole session, started on loopback."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+@pytest.fixture(scope="session")
+def ray_instance() -> Iterator[Any]:
+    """The `ray` module, connected to a Ray of this test session's own."""
+    from desisky_tune.ray_session import ray_session
+
+    with ray_session(num_cpus=4, num_gpus=0) as ray:
+        yield ray

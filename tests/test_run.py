@@ -1,0 +1,304 @@
+"""Whole searches on real Ray: every trial once, the winner measured as it was written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pandas as pd
+import pytest
+
+from desisky_tune.data.columns import BANDS, FEATURES, TARGETS
+from desisky_tune.errors import RunError, SearchError
+from desisky_tune.search.events import Event, TrialFinished, TrialReported
+from desisky_tune.search.records import Ledger
+from desisky_tune.search.run import SearchResult, resume_search, run_search
+from desisky_tune.search.space import load_spec
+
+SMALL = (
+    "search.trials=5",
+    "training.epochs=9",
+    "search.grace=3",
+    "search.reduction=3",
+    "resources.workers=2",
+    "space.width={choices: [8, 16, 128]}",
+    "space.depth={low: 1, high: 2}",
+)
+
+
+def small(*overrides: str) -> Any:
+    return load_spec("quick", overrides=(*SMALL, *overrides))
+
+
+@pytest.fixture(scope="module")
+def events() -> list[Event]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def result(
+    ray_instance: Any, tmp_path_factory: pytest.TempPathFactory, events: list[Event]
+) -> Iterator[SearchResult]:
+    runs = tmp_path_factory.mktemp("runs")
+    yield run_search(small(), runs=runs, name="small", on_event=events.append)
+
+
+def test_every_trial_is_recorded_once(result: SearchResult, events: list[Event]) -> None:
+    assert [record.number for record in result.records] == [0, 1, 2, 3, 4]
+    assert {record.state for record in result.records} <= {"COMPLETE", "PRUNED"}
+    told = [event.record.number for event in events if isinstance(event, TrialFinished)]
+    assert sorted(told) == [0, 1, 2, 3, 4]
+
+
+def test_the_first_trial_is_the_documented_default_in_full(result: SearchResult) -> None:
+    first = result.records[0]
+    assert first.state == "COMPLETE"
+    expected = {
+        "width": 128,
+        "depth": 5,
+        "learning_rate": 1e-4,
+        "huber_delta": 0.25,
+        "batch_size": 32,
+    }
+    assert first.configuration == expected
+
+
+def test_trials_report_at_their_rungs(result: SearchResult, events: list[Event]) -> None:
+    reports = [event for event in events if isinstance(event, TrialReported)]
+    assert {event.epochs for event in reports} == {3, 9}
+    for record in result.records:
+        assert record.epochs == (9 if record.state == "COMPLETE" else 3)
+        assert all(len(series) == record.epochs for series in record.curve.values())
+        assert set(record.curve) == {"train_loss", "test_loss", *BANDS}
+
+
+def test_the_objective_is_the_lowest_mean_of_the_band_rmse(result: SearchResult) -> None:
+    for record in result.records:
+        mean = np.mean([record.curve[band] for band in BANDS], axis=0)
+        assert record.objective == pytest.approx(mean.min(), rel=1e-6)
+        assert mean[record.best_epoch] == pytest.approx(mean.min(), rel=1e-6)
+
+
+def test_study_and_ledger_agree(result: SearchResult) -> None:
+    storage = f"sqlite:///{result.run_dir / 'study.db'}"
+    study = optuna.load_study(study_name=None, storage=storage)
+    trials = {trial.number: trial for trial in study.trials}
+    assert sorted(trials) == [record.number for record in result.records]
+    for record in result.records:
+        assert trials[record.number].state.name == record.state
+        assert trials[record.number].intermediate_values == record.rungs
+        if record.state == "COMPLETE":
+            assert trials[record.number].value == record.objective
+
+
+def test_tables_hold_one_row_per_trial_and_per_epoch(result: SearchResult) -> None:
+    trials = pd.read_parquet(result.run_dir / "trials.parquet")
+    curves = pd.read_parquet(result.run_dir / "curves.parquet")
+    assert len(trials) == 5
+    assert len(curves) == sum(record.epochs for record in result.records)
+
+
+def test_split_is_by_night_and_recorded_by_exposure(result: SearchResult) -> None:
+    split = json.loads((result.run_dir / "search.json").read_text())["split"]
+    parts = [set(split[part]) for part in ("train", "validation", "test")]
+    frame = pd.read_parquet(result.run_dir / "features.parquet")
+    assert set.union(*parts) == set(frame["EXPID"])
+    assert sum(map(len, parts)) == len(frame)
+    night = frame.set_index("EXPID")["NIGHT"]
+    nights = [set(night.loc[sorted(part)]) for part in parts]
+    assert not (nights[0] & nights[1] or nights[0] & nights[2] or nights[1] & nights[2])
+
+
+def test_reported_figures_are_those_of_the_file(result: SearchResult) -> None:
+    import equinox as eqx
+    import jax
+
+    with open(result.checkpoint, "rb") as stream:
+        header = json.loads(stream.readline())
+        arch = header["arch"]
+        like = eqx.nn.MLP(**arch, key=jax.random.PRNGKey(0))
+        model = eqx.tree_deserialise_leaves(stream, like)
+    assert header["features"] == list(FEATURES)
+    frame = pd.read_parquet(result.run_dir / "features.parquet").set_index("EXPID")
+    split = json.loads((result.run_dir / "search.json").read_text())["split"]
+    for part in ("validation", "test"):
+        rows = frame.loc[split[part]]
+        inputs = rows[list(FEATURES)].to_numpy(np.float32)
+        residual = np.asarray(jax.vmap(model)(inputs)) - rows[list(TARGETS)].to_numpy()
+        expected = np.sqrt(np.mean(residual.astype(float) ** 2, axis=0))
+        figures = result.evaluation["figures"]["winner"][part]
+        np.testing.assert_allclose([figures[band] for band in BANDS], expected, atol=2e-5)
+        assert figures["mean"] == pytest.approx(expected.mean(), abs=2e-5)
+        assert figures["mean_grz"] == pytest.approx(expected[1:].mean(), abs=2e-5)
+    assert result.winner.objective == pytest.approx(
+        result.evaluation["figures"]["winner"]["validation"]["mean"], abs=1e-3
+    )
+
+
+def test_evaluation_names_the_baselines(result: SearchResult) -> None:
+    assert set(result.evaluation["figures"]) == {"winner", "default", "classical", "constant"}
+    frame = pd.read_parquet(result.run_dir / "features.parquet").set_index("EXPID")
+    split = json.loads((result.run_dir / "search.json").read_text())["split"]
+    mean = frame.loc[split["train"], list(TARGETS)].mean()
+    scatter = np.sqrt(((frame.loc[split["test"], list(TARGETS)] - mean) ** 2).mean())
+    figures = result.evaluation["figures"]["constant"]["test"]
+    np.testing.assert_allclose([figures[band] for band in BANDS], scatter, rtol=1e-6)
+
+
+def test_a_finished_run_resumes_to_itself(result: SearchResult) -> None:
+    before = (result.run_dir / "ledger.jsonl").read_bytes()
+    again = resume_search(result.run_dir)
+    assert (result.run_dir / "ledger.jsonl").read_bytes() == before
+    assert again.evaluation == result.evaluation
+    assert again.winner == result.winner
+
+
+def test_a_taken_name_is_refused(result: SearchResult, ray_instance: Any) -> None:
+    with pytest.raises(RunError, match="small exists"):
+        run_search(small(), runs=result.run_dir.parent, name="small")
+
+
+@pytest.mark.parametrize("name", ["../escape", "a/b", "", ".hidden", "x" * 101])
+def test_a_run_cannot_leave_its_folder(name: str, tmp_path: Path, ray_instance: Any) -> None:
+    with pytest.raises(RunError, match="run name"):
+        run_search(small(), runs=tmp_path / "runs", name=name)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_diverging_trial_is_a_failure_with_a_reason(ray_instance: Any, tmp_path: Path) -> None:
+    spec = small("space.learning_rate={choices: [1.0e-3, 1.0e+30]}", "search.trials=6")
+    result = run_search(spec, runs=tmp_path, name="nan")
+    failed = [r for r in result.records if r.configuration["learning_rate"] == 1e30]
+    assert failed
+    for record in failed:
+        assert record.state == "FAIL"
+        assert record.objective is None
+        assert record.reason
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{result.run_dir / 'study.db'}")
+    for record in result.records:
+        assert study.trials[record.number].state.name == record.state
+
+
+def test_a_search_in_which_nothing_completes_fails(ray_instance: Any, tmp_path: Path) -> None:
+    spec = small("space.learning_rate=1.0e+30", "search.default_first=false")
+    with pytest.raises(SearchError, match="all 5 trials failed"):
+        run_search(spec, runs=tmp_path, name="all-nan")
+    assert not (tmp_path / "all-nan" / "best").exists()
+    records = Ledger(tmp_path / "all-nan" / "ledger.jsonl").records()
+    assert [record.state for record in records] == ["FAIL"] * 5
+
+
+RANDOM = ("search.sampler=random", "search.scheduler=none", "search.trials=6")
+DRIVER = """
+import sys
+from desisky_tune.search.run import run_search, SearchInterrupted
+from desisky_tune.search.space import load_spec
+from desisky_tune.search.events import TrialFinished
+def tell(event):
+    if isinstance(event, TrialFinished):
+        print("finished", event.done, flush=True)
+spec = load_spec("quick", overrides=tuple(sys.argv[2:]))
+if __name__ == "__main__":
+    try:
+        run_search(spec, runs=sys.argv[1], name="cut", on_event=tell)
+    except SearchInterrupted as stop:
+        print(stop, flush=True)
+        sys.exit(130)
+"""
+
+
+def start_driver(tmp_path: Path, *overrides: str) -> subprocess.Popen[str]:
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER)
+    return subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path), *SMALL, *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )
+
+
+def after_finished(driver: subprocess.Popen[str], count: int) -> None:
+    assert driver.stdout is not None
+    for line in driver.stdout:
+        if line.startswith("finished") and int(line.split()[1]) >= count:
+            return
+    raise AssertionError(f"the driver ended before {count} trials: {driver.wait()}")
+
+
+def wait_until_gone(pids: set[int], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline, "a Ray of a killed driver outlived it"
+        time.sleep(0.1)
+
+
+def test_a_killed_search_resumes_to_the_same_trials(ray_instance: Any, tmp_path: Path) -> None:
+    driver = start_driver(tmp_path, *RANDOM)
+    after_finished(driver, 2)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.communicate()
+    cut = tmp_path / "cut"
+    # The kill may have come in the middle of a line.
+    with open(cut / "ledger.jsonl", "ab") as stream:
+        stream.write(b'{"number": 99, "sta')
+    resumed = resume_search(cut)
+    undisturbed = run_search(small(*RANDOM), runs=tmp_path, name="whole")
+    assert [r.number for r in resumed.records] == list(range(6))
+    for one, other in zip(resumed.records, undisturbed.records, strict=True):
+        assert one.configuration == other.configuration
+        assert one.state == other.state == "COMPLETE"
+        assert one.objective == other.objective
+        assert one.curve == other.curve
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{cut / 'study.db'}")
+    assert [trial.number for trial in study.trials] == list(range(6))
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 6
+    assert [trial.value for trial in study.trials] == [r.objective for r in resumed.records]
+
+
+def test_ctrl_c_leaves_a_run_that_resumes(ray_instance: Any, tmp_path: Path) -> None:
+    driver = start_driver(tmp_path, *RANDOM)
+    after_finished(driver, 2)
+    driver.send_signal(signal.SIGINT)
+    out, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 130
+    assert "desisky-tune resume" in out
+    done = len(Ledger(tmp_path / "cut" / "ledger.jsonl").records())
+    assert done < 6
+    resumed = resume_search(tmp_path / "cut")
+    assert [record.number for record in resumed.records] == list(range(6))
+
+
+def test_a_killed_trial_process_loses_nothing(ray_instance: Any, tmp_path: Path) -> None:
+    killed: list[int] = []
+
+    def kill_once(event: Event) -> None:
+        if isinstance(event, TrialFinished) and not killed:
+            victims = trial_processes()
+            assert victims
+            os.kill(victims[0], signal.SIGKILL)
+            killed.append(victims[0])
+
+    spec = small(*RANDOM)
+    result = run_search(spec, runs=tmp_path, name="shot", on_event=kill_once)
+    assert killed
+    assert [record.number for record in result.records] == list(range(6))
+    assert {record.state for record in result.records} == {"COMPLETE"}
+
+
+def trial_processes() -> list[int]:
+    """Process ids of the trials of this test session's Ray."""
+    import psutil
+
+    mine = psutil.Process().children(recursive=True)
+    return sorted(p.pid for p in mine if p.name().startswith("ray::SearchTria"))
