@@ -42,7 +42,9 @@ class RunError(InputError):
 
 
 class DownloadError(DesiskyTuneError, OSError):
-    """A file could not be fetched, or came with the wrong checksum."""
+    """A file could not be fetched, or came with the wrong checksum: exit code 2."""
+
+    exit_code = 2
 
     exit_code = 2
 
@@ -51,7 +53,9 @@ class DownloadError(DesiskyTuneError, OSError):
 
 
 class StorageError(DesiskyTuneError, OSError):
-    """A file could not be written (disk full, no permission)."""
+    """A file could not be written (disk full, no permission): exit code 2."""
+
+    exit_code = 2
 
     exit_code = 2
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from desisky_tune.errors import StorageError
+from desisky_tune.errors import DesiskyTuneError, StorageError
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
         _fsync_folder(target.parent)
     except OSError as error:
-        if isinstance(error, StorageError) or error.errno is None:
+        if isinstance(error, DesiskyTuneError):
             raise
         raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
@@ -52,10 +52,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 @contextmanager
 def atomic_open(path: str | os.PathLike[str], mode: str = "wb", **kwargs: Any) -> Iterator[IO[Any]]:
     """Open a file for writing that appears under its name only when complete."""
-    with atomic_path(path) as temporary:
-        with open(temporary, mode, **kwargs) as stream:
-            yield stream
-            stream.flush()
+    with atomic_path(path) as temporary, open(temporary, mode, **kwargs) as stream:
+        yield stream
+        stream.flush()
 
 
 def append_line(path: str | os.PathLike[str], line: str) -> None:

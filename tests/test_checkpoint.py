@@ -373,9 +373,21 @@ def test_unknown_features_are_refused(
     assert message in refused(write(tmp_path / "x.eqx", header, payload(model)))
 
 
-def test_unknown_features_are_not_written(model: eqx.nn.MLP) -> None:
-    with pytest.raises(CheckpointError, match="unknown feature"):
-        checkpoint_meta(model, features=["A", "B", "C", "D", "E", "F"])
+def test_columns_of_the_users_own_are_declared_and_so_known(
+    tmp_path: Path, model: eqx.nn.MLP
+) -> None:
+    order = (*FEATURES[:5], "HUMIDITY")
+    meta = checkpoint_meta(model, features=order)
+    _, read = load_model("broadband", path=save(tmp_path / "x.eqx", model, meta))
+    assert feature_names(read) == order
+    assert read["own_features"] == ["HUMIDITY"]
+
+
+def test_features_that_do_not_fit_are_not_written(model: eqx.nn.MLP) -> None:
+    with pytest.raises(CheckpointError, match="MOONSEP is named twice"):
+        checkpoint_meta(model, features=(*FEATURES[:5], FEATURES[0]))
+    with pytest.raises(CheckpointError, match="5 features are named, the model takes 6"):
+        checkpoint_meta(model, features=FEATURES[:5])
 
 
 def test_header_that_contradicts_the_model_is_not_written(

@@ -109,7 +109,7 @@ def test_no_order_of_features_or_columns_changes_a_prediction(
 
 def test_many_rows_go_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, model = exposures(25)[list(FEATURES)].to_numpy(), small_model()
-    monkeypatch.setattr("desisky_tune.inference._ROWS_AT_A_TIME", 10)
+    monkeypatch.setattr("desisky_tune.inference.predictor._ROWS_AT_A_TIME", 10)
     np.testing.assert_allclose(apply_model(model, inputs), by_hand(model, inputs), atol=1e-4)
     assert apply_model(model, inputs[:0]).shape == (0, 4)
 
@@ -296,10 +296,12 @@ def test_no_rows_are_refused() -> None:
         evaluate(small_model(), feature_table(), [])
 
 
-def test_model_from_memory_needs_known_features() -> None:
-    with pytest.raises(CheckpointError, match="unknown feature"):
-        evaluate(small_model(), feature_table(), features=["A", *FEATURES[1:]])
+def test_model_from_memory_takes_the_reference_order_or_the_names_given() -> None:
     assert Predictor(small_model()).features == FEATURES
+    with pytest.raises(DataError, match="HUMIDITY"):
+        evaluate(small_model(), feature_table(), features=["HUMIDITY", *FEATURES[1:]])
+    with pytest.raises(CheckpointError, match="OBSALT is named twice"):
+        evaluate(small_model(), feature_table(), features=["OBSALT", *FEATURES[1:]])
 
 
 def test_importing_it_imports_no_jax_and_no_pandas() -> None:

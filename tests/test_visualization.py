@@ -124,6 +124,12 @@ def test_loss_curve_spans_epochs_without_validation() -> None:
     np.testing.assert_array_equal(axes.lines[1].get_xydata(), [[0, 4], [2, 2.5]])
 
 
+def test_loss_curve_puts_a_test_loss_of_every_third_epoch_where_it_belongs() -> None:
+    (axes,) = plot_loss_curve(np.linspace(2, 1, 8), [3.0, 2.0, 2.5]).axes  # epochs 0, 3, 6
+    np.testing.assert_array_equal(axes.lines[1].get_xdata(), [0, 3, 6])
+    assert "Best: 2 at epoch 3" in [text.get_text() for text in axes.get_legend().get_texts()]
+
+
 @pytest.mark.parametrize(("last", "scale"), [(0.5, "linear"), (0.01, "log"), (0.0, "linear")])
 def test_loss_curve_is_logarithmic_where_that_helps(last: float, scale: str) -> None:
     (axes,) = plot_loss_curve([1.0, last], [1.0, last]).axes

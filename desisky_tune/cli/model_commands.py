@@ -12,6 +12,8 @@ from desisky_tune.cli.options import AsJson, Data, Debug, Subset
 from desisky_tune.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy as np
 
     from desisky_tune.data.features import FeatureTable
@@ -235,6 +237,7 @@ def evaluate(
     if split_from is not None and (data is not None or subset is not None):
         raise InputError("--split-from brings the run's own exposures: leave --data, --subset out")
     predictor = _load(checkpoint)
+    split: Split | None
     if split_from is not None:
         features, split = _run_data(split_from)
     else:
@@ -296,21 +299,48 @@ def evaluation_text(evaluation: Evaluation, title: str) -> str:
         for row in evaluation.table_rows()
     ]
     bands = table(["model", "band", "RMSE", "bias", "NMAD", "beyond 0.4 mag"], rows, left=2)
-    models = list(evaluation.figures)
-    nights = table(
-        ["night", "exposures", *models],
-        [
-            [row["night"], row["rows"], *(number(row[model]) for model in models)]
-            for row in evaluation.night_rows()
-        ],
-    )
     lines = [
         f"{title}: {evaluation.rows} exposures in {len(evaluation.by_night)} nights "
         "(mag; residual = prediction - observation)",
         bands,
         "",
-        "by night: mean RMSE over V, g, r, z (mag)",
-        nights,
+        night_text(evaluation),
         *(f"note: {note}" for note in evaluation.notes),
     ]
     return "\n".join(lines)
+
+
+def night_text(evaluation: Evaluation) -> str:
+    """Return a table with a line per night; means are over g, r, z where V was derived."""
+    bands = ("g", "r", "z") if evaluation.v_derived else ("V", "g", "r", "z")
+    others = [name for name in evaluation.figures if name != "checkpoint"]
+    lines = []
+    for night, models in evaluation.by_night.items():
+        own = models["checkpoint"].bands
+
+        def mean(quantity: str, figures: Mapping[str, Mapping[str, float]] = own) -> float:
+            return sum(figures[band][quantity] for band in bands) / len(bands)
+
+        lines.append(
+            [
+                night,
+                int(own["g"]["n"]),
+                *(number(own[band]["rmse"], ".3f") for band in bands),
+                number(mean("rmse"), ".3f"),
+                number(mean("bias"), "+.3f"),
+                number(mean("nmad"), ".3f"),
+                number(mean("outlier_fraction"), ".3f"),
+                *(number(mean("rmse", models[name].bands), ".3f") for name in others),
+            ]
+        )
+    headings = [
+        "night",
+        "exposures",
+        *(f"RMSE {band}" for band in bands),
+        "mean",
+        "bias",
+        "NMAD",
+        "beyond 0.4 mag",
+        *(f"{name} RMSE" for name in others),
+    ]
+    return f"by night (mag; means over {', '.join(bands)})\n{table(headings, lines)}"

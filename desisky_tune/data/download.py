@@ -67,7 +67,12 @@ def fetch(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "ab") as stream, _alone(stream, target):
-            _receive_all(url, stream, note, progress or _silent, attempts, target)
+            try:
+                _receive_all(url, stream, note, progress or _silent, attempts, target)
+            except DownloadError:
+                if stream.tell() == 0:  # nothing that another attempt could continue
+                    part.unlink()
+                raise
             stream.flush()
             os.fsync(stream.fileno())
             if sha256 is not None:

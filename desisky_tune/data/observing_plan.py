@@ -287,7 +287,8 @@ class _Ephemeris:
 
     def dusk(self, nights: Integers, sun_altitude: float) -> Array:
         """MJD at which the Sun sinks to an altitude in the evening, by bisection."""
-        early, late = nights + 1.0, nights + 1.0 + _MIDNIGHT
+        early: Array = nights.astype(np.float64) + 1.0
+        late: Array = early + _MIDNIGHT
         for _ in range(24):
             middle = 0.5 * (early + late)
             above = self.sun(middle)[2] > sun_altitude

@@ -108,7 +108,7 @@ def simulate_vac(
     path
         The FITS file to write (about 31 kB per exposure). It appears when complete.
     exposures
-        Number of rows, 20 to about 15,000. Each subset (moon, dark, twilight) has its
+        Number of rows, 20 to about 18,000. Each subset (moon, dark, twilight) has its
         real share, and at least a few rows; some moonlit rows are eclipsed.
     seed
         Of every draw. The same seed gives the same bytes.

@@ -20,6 +20,7 @@ from desisky_tune.errors import CheckpointError
 from desisky_tune.files import atomic_open
 from desisky_tune.io.header import (
     ARCH_KEYS,
+    KNOWN_FEATURES,
     SCHEMA,
     as_path,
     check_names,
@@ -135,7 +136,9 @@ def checkpoint_meta(
     model
         The model as it will be saved, scaling folded in.
     features
-        The names of its inputs, in its order; None when they are not known.
+        The names of its inputs, in its order; None when they are not known. Those that are no
+        columns of the catalogue are also listed under `own_features`: a reader refuses names
+        that it neither knows nor finds there.
     scaling
         The scaling that was folded in: a `desisky_tune.training.scaling.Scaling`, its `as_dict`,
         or None. Its constant features are listed under `constant_features`.
@@ -152,7 +155,7 @@ def checkpoint_meta(
     Raises
     ------
     CheckpointError
-        When features are unknown, repeated, or not as many as the model takes.
+        When features are repeated, or not as many as the model takes.
     """
     meta: dict[str, Any] = {"schema": SCHEMA, "arch": architecture(model)}
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -160,12 +163,15 @@ def checkpoint_meta(
     size = meta["arch"].get("in_size")
     if features is not None:
         names = list(features)
-        check_names(names, "checkpoint: ")
+        own = [name for name in names if name not in KNOWN_FEATURES]
+        check_names(names, "checkpoint: ", own)
         if size is not None and len(names) != size:
             raise CheckpointError(
                 f"checkpoint: {len(names)} features are named, the model takes {size}"
             )
         meta["features"] = names
+        if own:
+            meta["own_features"] = own
     if meta["arch"].get("out_size") == len(BANDS):
         meta["bands"] = list(BANDS)
     if scaling is not None:

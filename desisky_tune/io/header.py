@@ -184,7 +184,7 @@ def feature_names(meta: Mapping[str, Any], path: str | os.PathLike[str] = "") ->
     names = meta["features"]
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{label}'features' is {_shown(names)}, not a list of names")
-    check_names(names, label)
+    check_names(names, label, own=_names(meta, "own_features"))
     if size is not None and len(names) != size:
         raise CheckpointError(f"{label}{len(names)} features are named, the model takes {size}")
     return tuple(names)
@@ -195,8 +195,17 @@ def features_recorded(meta: Mapping[str, Any]) -> bool:
     return meta.get("features") is not None
 
 
-def check_names(names: Sequence[str], label: str = "") -> None:
+def check_names(names: Sequence[str], label: str = "", own: Sequence[str] = ()) -> None:
     """Refuse feature names that are unknown or repeated.
+
+    Parameters
+    ----------
+    names
+        To check.
+    label
+        Begins the messages.
+    own
+        Columns of the user's own, which are known as well.
 
     Raises
     ------
@@ -204,7 +213,7 @@ def check_names(names: Sequence[str], label: str = "") -> None:
         Naming the feature and, where there is one, the nearest known name.
     """
     for position, name in enumerate(names):
-        if name not in KNOWN_FEATURES:
+        if name not in KNOWN_FEATURES and name not in own:
             near = difflib.get_close_matches(name, sorted(KNOWN_FEATURES), n=1)
             hint = f"; did it mean {near[0]}?" if near else ""
             raise CheckpointError(f"{label}unknown feature {_shown(name)}{hint}")
@@ -214,9 +223,13 @@ def check_names(names: Sequence[str], label: str = "") -> None:
 
 def constant_features(meta: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the features that never varied in training: the model does not look at them."""
-    names = meta.get("constant_features") or ()
+    return _names(meta, "constant_features")
+
+
+def _names(meta: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    names = meta.get(key) or ()
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"checkpoint: 'constant_features' is {_shown(names)}, not names")
+        raise CheckpointError(f"checkpoint: '{key}' is {_shown(names)}, not a list of names")
     return tuple(names)
 
 

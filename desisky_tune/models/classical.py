@@ -108,9 +108,12 @@ class ClassicalModel:
 
     In each band the flux is that of moonlight at the magnitude ``V_KS + colour``, plus a
     dark sky of magnitude `dark`. Cloud enters as ``cloud * -2.5 log10(T)`` magnitudes on
-    the moonlight, T the transparency (fitted: a thin cloud scatters moonlight into the
-    line of sight); an unusable or missing transparency counts as clear. An eclipse, where
-    the column is there, takes its fraction of the disc away.
+    the moonlight, T the transparency (fitted, and negative: a thin cloud scatters moonlight
+    into the line of sight). It earns its place: on the SV1 exposures, folds grouped by
+    night, the RMSE in V, g, r falls from 0.35, 0.27, 0.44 to 0.20, 0.17, 0.25 mag. An
+    unusable or missing transparency counts as clear; leave the column out for plain
+    Krisciunas & Schaefer. An eclipse, where the column is there, takes its fraction of the
+    disc away.
 
     Each field holds one number per band, in the order V, g, r, z.
     """

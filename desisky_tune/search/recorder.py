@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,6 +30,10 @@ class Recorder(Callback):
         Trials that the whole run will have.
     max_epochs
         Epochs of a complete trial.
+    max_deaths
+        How often a trial's process may die before the trial has failed.
+    deaths
+        How often that has happened, by number; counted on here.
     seed
         Training seed of the trials.
     emit
@@ -42,6 +47,8 @@ class Recorder(Callback):
         *,
         total: int,
         max_epochs: int,
+        max_deaths: int,
+        deaths: Counter[int],
         seed: int,
         emit: EventSink,
     ) -> None:
@@ -53,9 +60,13 @@ class Recorder(Callback):
         self._rungs: dict[int, dict[int, float]] = {}
         self._total = total
         self._max_epochs = max_epochs
+        self._max_deaths = max_deaths
+        self._deaths = deaths
         self._seed = seed
         self._emit = emit
         self.failures_in_a_row = 0
+        #: Numbers of the trials whose process died and that may be tried once more.
+        self.died: set[int] = set()
 
     @property
     def records(self) -> list[TrialRecord]:
@@ -85,8 +96,16 @@ class Recorder(Callback):
         self._record(trial, trial.last_result, reason=trial.last_result.get("reason"))
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """Record a trial whose process failed more often than it may."""
-        self._record(trial, trial.last_result or {}, reason=_reason(trial))
+        """Record a trial whose process died more often than it may.
+
+        Ray Tune gives a trial up at once when its process dies between two trials.
+        """
+        number, _ = _identity(trial)
+        self._deaths[number] += 1
+        if self._deaths[number] <= self._max_deaths:
+            self.died.add(number)
+        else:
+            self._record(trial, trial.last_result or {}, reason=_reason(trial))
 
     def _record(self, trial: Any, result: Mapping[str, Any], *, reason: str | None) -> None:
         number, configuration = _identity(trial)

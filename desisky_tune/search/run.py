@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -37,6 +39,8 @@ from desisky_tune.search.winner import crown
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from desisky_tune.search.recorder import Recorder
 
 #: What Ray Tune reads from the environment; the search draws and writes its own.
 TUNE_ENVIRONMENT: Mapping[str, str] = {
@@ -140,7 +144,7 @@ def run_search(
         split = make_split(
             table.frame, spec.split.by, fractions=spec.split.fractions, seed=spec.split.seed
         )
-        folder = RunFolder.create(runs, name or spec.name, exact=name is not None)
+        folder = RunFolder.create(runs, spec.name if name is None else name, exact=name is not None)
         _write_run(folder, spec, table, split)
         return _session(folder, spec, table, split, ray, address, emit, started)
 
@@ -242,6 +246,53 @@ def _run_trials(
     ray: Any,
     emit: EventSink,
 ) -> None:
+    """Run trials until each has a record, or until something ends the search early."""
+    from desisky_tune.search.searcher import rebuild_study
+
+    limit = spec.search.time_limit
+    deadline = None if limit is None else time.monotonic() + limit
+    deaths: Counter[int] = Counter()
+    again = False
+    while True:
+        recorder = _run_session(folder, spec, table, split, ray, emit, deaths, deadline, again)
+        records, again = recorder.records, True
+        unfinished = _remaining(spec, records)
+        if records and all(record.state == "FAIL" for record in records):
+            raise SearchError(
+                f"all {len(records)} trials failed, the first with: {records[0].reason}"
+            )
+        if not unfinished:
+            return
+        if recorder.died and len(recorder.died) == unfinished:
+            # Only trials whose process died are left, and each may be tried again.
+            emit(Note(f"{unfinished} trials are started again: their processes died"))
+            continue
+        break
+    # Trials under way were not told to the study: it is written anew from the ledger.
+    rebuild_study(folder.study, spec, records)
+    done = spec.search.trials - unfinished
+    if deadline is None or time.monotonic() < deadline or best_record(records) is None:
+        raise SearchInterrupted(folder.path, done, spec.search.trials)
+    emit(
+        Note(
+            f"the time limit of {limit:g} s ended the search after {done} of "
+            f"{spec.search.trials} trials; 'desisky-tune resume' goes on"
+        )
+    )
+
+
+def _run_session(
+    folder: RunFolder,
+    spec: SearchSpec,
+    table: FeatureTable,
+    split: Split,
+    ray: Any,
+    emit: EventSink,
+    deaths: Counter[int],
+    deadline: float | None,
+    again: bool,
+) -> Recorder:
+    """Run the trials that have no record yet in one experiment of Ray Tune."""
     from ray import tune
 
     from desisky_tune.search.recorder import GiveUp, Recorder
@@ -251,18 +302,19 @@ def _run_trials(
     from desisky_tune.search.trial import Roster, SearchTrial, TrialPlan
 
     known = Ledger(folder.ledger).records()
-    handed_out = folder.read_started()
     finished = {record.number for record in known}
+    handed_out = folder.read_started()
     pending = [(n, c) for n, c in sorted(handed_out.items()) if n not in finished]
     remaining = _remaining(spec, known)
     resources = {"cpu": spec.resources.cpus_per_trial, "gpu": spec.resources.gpus_per_trial}
     concurrency = min(_concurrency(spec, ray), remaining)
 
-    if known or pending:
+    continued = bool(known or pending)
+    if continued:
         rebuild_study(folder.study, spec, known)
     searcher = StudySearch(spec, folder.study, workers=concurrency)
     scheduler = make_scheduler(spec)
-    if known or pending:
+    if continued:
         searcher.prime(known, pending)
         scheduler.prime(known)
 
@@ -282,68 +334,56 @@ def _run_trials(
         known,
         total=spec.search.trials,
         max_epochs=spec.training.epochs,
+        max_deaths=spec.search.max_failures,
+        deaths=deaths,
         seed=spec.training.seed,
         emit=emit,
     )
-    emit(
-        SearchStarted(
-            name=folder.name,
-            run_dir=folder.path,
-            trials=spec.search.trials,
-            epochs=spec.training.epochs,
-            concurrency=concurrency,
-            finished=len(known),
-            dashboard_url=_dashboard_url(ray),
+    if not again:
+        emit(
+            SearchStarted(
+                name=folder.name,
+                run_dir=folder.path,
+                trials=spec.search.trials,
+                epochs=spec.training.epochs,
+                concurrency=concurrency,
+                finished=len(known),
+                dashboard_url=_dashboard_url(ray),
+            )
         )
-    )
     trainable = tune.with_resources(
         tune.with_parameters(SearchTrial, plan=plan, roster=roster), resources
     )
-    session = sum(1 for _ in folder.tune.glob("session-*")) + 1
-    with _environment(TUNE_ENVIRONMENT):
-        tune.Tuner(
-            trainable,
-            tune_config=tune.TuneConfig(
-                metric="objective",
-                mode="min",
-                search_alg=searcher,
-                scheduler=scheduler,
-                num_samples=remaining,
-                max_concurrent_trials=concurrency,
-                reuse_actors=True,
-                time_budget_s=spec.search.time_limit,
-                trial_name_creator=_trial_name,
-                trial_dirname_creator=_trial_name,
-            ),
-            run_config=tune.RunConfig(
-                name=f"session-{session}",
-                storage_path=str(folder.tune),
-                callbacks=[recorder],
-                stop=GiveUp(recorder),
-                verbose=0,
-                failure_config=tune.FailureConfig(max_failures=spec.search.max_failures),
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
-            ),
-        ).fit()
-    if recorder.failures_in_a_row >= 1 and not any(r.state != "FAIL" for r in recorder.records):
-        reasons = sorted({record.reason or "" for record in recorder.records})
-        raise SearchError(
-            f"all {len(recorder.records)} trials failed, the first with: {reasons[0]}"
-        )
-    unfinished = _remaining(spec, recorder.records)
-    if unfinished:
-        # Trials under way were not told to the study: it is written anew from the ledger.
-        rebuild_study(folder.study, spec, recorder.records)
-        done = spec.search.trials - unfinished
-        limit = spec.search.time_limit
-        if limit is None or best_record(recorder.records) is None:
-            raise SearchInterrupted(folder.path, done, spec.search.trials)
-        emit(
-            Note(
-                f"the time limit of {limit:g} s ended the search after {done} of "
-                f"{spec.search.trials} trials; 'desisky-tune resume' goes on"
-            )
-        )
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            metric="objective",
+            mode="min",
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=remaining,
+            max_concurrent_trials=concurrency,
+            reuse_actors=True,
+            time_budget_s=None if deadline is None else max(1.0, deadline - time.monotonic()),
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name=f"session-{len(list(folder.tune.glob('session-*'))) + 1}",
+            storage_path=str(folder.tune),
+            callbacks=[recorder],
+            stop=GiveUp(recorder),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=spec.search.max_failures),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
+        ),
+    )
+    try:
+        with _quiet_tune():
+            tuner.fit()
+    finally:
+        searcher.close()
+    return recorder
 
 
 def _local_backend(arrays: Any, *shared: Any) -> LocalBackend:
@@ -362,7 +402,7 @@ def _finish(
     started: float,
 ) -> SearchResult:
     """Write the tables, choose the winner, write it, measure it."""
-    records = Ledger(folder.ledger).records()
+    records = sorted(Ledger(folder.ledger).records(), key=lambda record: record.number)
     write_tables(records, folder.path)
     winner = best_record(records)
     if winner is None:
@@ -486,12 +526,19 @@ def _trial_name(trial: Any) -> str:
 
 
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Any:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+def _quiet_tune() -> Iterator[None]:
+    """Let Ray Tune draw and log nothing: what it has to say comes through the recorder."""
+    before = {name: os.environ.get(name) for name in TUNE_ENVIRONMENT}
+    loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.air", "ray.train")]
+    levels = [logger.level for logger in loggers]
+    os.environ.update(TUNE_ENVIRONMENT)
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         for name, value in before.items():
             if value is None:
                 del os.environ[name]

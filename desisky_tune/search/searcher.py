@@ -20,8 +20,9 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 from sqlalchemy import URL
+from sqlalchemy.exc import DatabaseError
 
-from desisky_tune.errors import RunError
+from desisky_tune.errors import RunError, StorageError
 from desisky_tune.files import atomic_path
 from desisky_tune.search.records import TrialRecord, finish
 from desisky_tune.search.samplers import make_sampler
@@ -232,13 +233,23 @@ class _UnsyncedConnection(sqlite3.Connection):
 
 
 def open_storage(path: str | Path) -> RDBStorage:
-    """Open a study's file; it is made when missing."""
+    """Open a study's file; it is made when missing.
+
+    Raises
+    ------
+    StorageError
+        When it cannot be opened, or is no study.
+    """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     url = URL.create("sqlite", database=str(Path(path).absolute()))
-    return RDBStorage(
-        url.render_as_string(hide_password=False),
-        engine_kwargs={"connect_args": {"factory": _UnsyncedConnection}},
-    )
+    try:
+        return RDBStorage(
+            url.render_as_string(hide_password=False),
+            engine_kwargs={"connect_args": {"factory": _UnsyncedConnection}},
+        )
+    except (DatabaseError, RuntimeError) as error:
+        cause = getattr(error, "orig", None) or error
+        raise StorageError(f"cannot open the study {path}: {cause}") from error
 
 
 def close_storage(storage: RDBStorage) -> None:

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -23,170 +22,36 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from desisky_tune.errors import InputError
+from desisky_tune.training.arrays import (
+    Curve,
+    Hyperparameters,
+    TargetScale,
+    TrainingArrays,
+    TrainState,
+    curve_of,
+    training_arrays,
+)
 from desisky_tune.training.losses import named_loss
 from desisky_tune.training.names import SELECTIONS
-from desisky_tune.training.scaling import Scaling
 from desisky_tune.training.shuffle import epoch_order
 from desisky_tune.training.steps import GenericStepper, LeanStepper, Stepper, trainable
 
+__all__ = [
+    "Curve",
+    "Hyperparameters",
+    "Program",
+    "TargetScale",
+    "TrainState",
+    "TrainingArrays",
+    "program_for",
+    "training_arrays",
+]
+
 #: Epochs that one call on the device can record; a longer advance makes several calls.
 DEFAULT_CAPACITY = 512
-
-
-@dataclass(frozen=True)
-class Hyperparameters:
-    """What may change without a compile.
-
-    Attributes
-    ----------
-    learning_rate
-        Step size of Adam (an optimizer of your own ignores it).
-    huber_delta
-        Residual (mag) at which the Huber loss turns linear; the L2 loss ignores it.
-    """
-
-    learning_rate: float
-    huber_delta: float = 1.0
-
-
-class TrainingArrays(NamedTuple):
-    """Rows on the device. Make it with `training_arrays`.
-
-    Attributes
-    ----------
-    train_inputs, validation_inputs
-        Scaled inputs, float32 ``(n, f)``.
-    train_targets, validation_targets
-        Magnitudes, float32 ``(n, out)``: losses are in magnitudes, scaled or not.
-    target_mean, target_sd
-        Turn the model's output into magnitudes, float32 ``(out,)``; 0 and 1 without a scaling.
-    """
-
-    train_inputs: jax.Array
-    train_targets: jax.Array
-    validation_inputs: jax.Array
-    validation_targets: jax.Array
-    target_mean: jax.Array
-    target_sd: jax.Array
-
-
-def training_arrays(
-    train_x: ArrayLike,
-    train_y: ArrayLike,
-    val_x: ArrayLike,
-    val_y: ArrayLike,
-    scaling: Scaling | None = None,
-) -> TrainingArrays:
-    """Scale the rows and put them on the device.
-
-    Parameters
-    ----------
-    train_x, val_x
-        Raw inputs, shape ``(n, f)``.
-    train_y, val_y
-        Magnitudes, shape ``(n, out)``.
-    scaling
-        Fitted on the training rows; None leaves inputs and outputs as they are.
-
-    Raises
-    ------
-    InputError
-        When shapes disagree, a part has no rows, or a value is not finite.
-    """
-    parts = [np.asarray(part, np.float32) for part in (train_x, train_y, val_x, val_y)]
-    names = ("training inputs", "training targets", "validation inputs", "validation targets")
-    for name, part in zip(names, parts, strict=True):
-        if part.ndim != 2 or not len(part):
-            raise InputError(f"{name} of shape {part.shape}; needed: (rows, columns), rows > 0")
-        broken = int((~np.isfinite(part)).any(axis=1).sum())
-        if broken:
-            raise InputError(
-                f"{name}: {broken} of {len(part)} rows hold values that are not finite"
-            )
-    shapes = [part.shape for part in parts]
-    if (
-        shapes[0][0] != shapes[1][0]
-        or shapes[2][0] != shapes[3][0]
-        or shapes[0][1] != shapes[2][1]
-        or shapes[1][1] != shapes[3][1]
-    ):
-        raise InputError(f"rows or columns of training and validation disagree: {shapes}")
-    outputs = shapes[1][1]
-    mean, sd = np.zeros(outputs), np.ones(outputs)
-    if scaling is not None:
-        mean, sd = scaling.target_mean, scaling.target_sd
-        parts[0], parts[2] = scaling.scale_inputs(train_x), scaling.scale_inputs(val_x)
-    return TrainingArrays(
-        *map(jnp.asarray, parts), jnp.asarray(mean, jnp.float32), jnp.asarray(sd, jnp.float32)
-    )
-
-
-class TrainState(NamedTuple):
-    """Where a training stands: a pytree of arrays, never changed in place.
-
-    Attributes
-    ----------
-    parameters, optimiser
-        Of the last epoch, in the program's own layout (`Program.last_model` unpacks them).
-    best_parameters
-        Of the best epoch so far (`Program.best_model`).
-    best_value
-        What was lowest there: the objective or the test loss; infinity before any epoch.
-    best_epoch
-        Counted from 0; -1 before any epoch.
-    epoch
-        Epochs done.
-    seed
-        Of the shuffles.
-    failed
-        True after a loss or an objective that is not finite. Such a training does not advance.
-    """
-
-    parameters: Any
-    optimiser: Any
-    best_parameters: Any
-    best_value: jax.Array
-    best_epoch: jax.Array
-    epoch: jax.Array
-    seed: jax.Array
-    failed: jax.Array
-
-
-@dataclass(frozen=True)
-class Curve:
-    """The epochs of one `Program.advance`, as NumPy arrays.
-
-    After a value that is not finite the training stops: the curve ends with that epoch, and
-    `failed` is True. Epochs that were not validated hold NaN, and False in `validated`.
-
-    Attributes
-    ----------
-    train_loss
-        Shape ``(k,)``: mean over the training rows, each at the time of its own step.
-    test_loss
-        Shape ``(k,)``: over all validation rows after the epoch.
-    objective
-        Shape ``(k,)``, mag: mean of `rmse` over the outputs.
-    rmse
-        Shape ``(k, out)``, mag, over all validation rows.
-    validated
-        Shape ``(k,)``, bool.
-    failed
-        True when the last epoch gave a value that is not finite.
-    """
-
-    train_loss: NDArray[np.float32]
-    test_loss: NDArray[np.float32]
-    objective: NDArray[np.float32]
-    rmse: NDArray[np.float32]
-    validated: NDArray[np.bool_]
-    failed: bool
-
-    def __len__(self) -> int:
-        return len(self.train_loss)
 
 
 class Program:
@@ -260,6 +125,11 @@ class Program:
         self._begin = jax.jit(self._begin_on_device)
         self._advance = jax.jit(self._advance_on_device)
         self._unpack = jax.jit(self._unpack_on_device)
+        # The same epoch in pieces, for batches that cannot be gathered (`loop`).
+        self.batch_step = jax.jit(self._batch_step_on_device)
+        self.predict = jax.jit(self._predict_on_device)
+        self.measure = jax.jit(self._measure)
+        self.conclude = jax.jit(self._conclude)
 
     # ------------------------------------------------------------------ life of a training
 
@@ -279,12 +149,7 @@ class Program:
         if model is None:
             model = self._fresh(seed)
         arrays = eqx.filter(model, eqx.is_inexact_array)
-        if jax.tree.structure(arrays) != jax.tree.structure(self._abstract) or any(
-            (leaf.shape, leaf.dtype) != (like.shape, like.dtype)
-            for leaf, like in zip(
-                jax.tree.leaves(arrays), jax.tree.leaves(self._abstract), strict=True
-            )
-        ):
+        if _shapes(arrays) != _shapes(self._abstract):
             raise InputError("Program.init: the model is not of the structure of this program")
         return self._begin(arrays, jnp.uint32(seed))
 
@@ -323,16 +188,9 @@ class Program:
             epochs -= count
             if bool(state.failed):
                 break
-        outputs = arrays.train_targets.shape[1]
-        table = np.concatenate(rows) if rows else np.empty((0, 4 + outputs), np.float32)
-        return state, Curve(
-            train_loss=table[:, 0],
-            test_loss=table[:, 1],
-            objective=table[:, 2],
-            rmse=table[:, 3:-1],
-            validated=table[:, -1] > 0,
-            failed=bool(state.failed),
-        )
+        columns = 4 + arrays.train_targets.shape[1]
+        table = np.concatenate(rows) if rows else np.empty((0, columns), np.float32)
+        return state, curve_of(table, bool(state.failed))
 
     def best_model(self, state: TrainState) -> Any:
         """Return the model of the best epoch (the initial one before any), in its own space."""
@@ -424,12 +282,8 @@ class Program:
         outputs = arrays.train_targets.shape[1]
 
         def validate(parameters: Any) -> jax.Array:
-            predictions = self._magnitudes(
-                self._stepper.predict(parameters, arrays.validation_inputs), arrays
-            )
-            test_loss = self._loss(predictions, arrays.validation_targets, delta)
-            rmse = jnp.sqrt(jnp.mean((predictions - arrays.validation_targets) ** 2, axis=0))
-            return jnp.concatenate([jnp.stack([test_loss, rmse.mean()]), rmse])
+            output = self._stepper.predict(parameters, arrays.validation_inputs)
+            return self._measure(_magnitudes(output, arrays), arrays.validation_targets, delta)
 
         if self._validate_every == 1:
             due, measured = jnp.bool_(True), validate(parameters)
@@ -438,6 +292,24 @@ class Program:
             measured = lax.cond(
                 due, validate, lambda _: jnp.full(2 + outputs, jnp.nan, jnp.float32), parameters
             )
+        return self._conclude(state, parameters, optimiser, train_loss, measured, due)
+
+    def _measure(self, predictions: Any, targets: Any, delta: Any) -> jax.Array:
+        """Return test loss, objective and RMSE of each output, over all rows."""
+        loss = self._loss(predictions, targets, delta)
+        rmse = jnp.sqrt(jnp.mean((predictions - targets) ** 2, axis=0))
+        return jnp.concatenate([jnp.stack([loss, rmse.mean()]), rmse])
+
+    def _conclude(
+        self,
+        state: TrainState,
+        parameters: Any,
+        optimiser: Any,
+        train_loss: jax.Array,
+        measured: jax.Array,
+        due: jax.Array,
+    ) -> tuple[TrainState, jax.Array]:
+        """Close an epoch: keep its parameters if they are the best; make its row."""
         # Only what is finite may be the best: a NaN compares as not lower, an infinite loss
         # of the training rows is excluded here.
         failed = ~jnp.isfinite(train_loss) | (due & ~jnp.isfinite(measured[:2]).all())
@@ -476,7 +348,7 @@ class Program:
             *carry_out, loss = self._stepper.step(
                 *carry,
                 prepared,
-                lambda output: self._loss(self._magnitudes(output, arrays), observed, delta),
+                lambda output: self._loss(_magnitudes(output, arrays), observed, delta),
                 rate,
             )
             return tuple(carry_out), loss
@@ -499,9 +371,40 @@ class Program:
         parameters, optimiser = carry
         return parameters, optimiser, total / (used + short)
 
-    @staticmethod
-    def _magnitudes(output: jax.Array, arrays: TrainingArrays) -> jax.Array:
-        return output * arrays.target_sd + arrays.target_mean
+    # ------------------------------------------------------------------ batch by batch
+
+    def _batch_step_on_device(
+        self,
+        parameters: Any,
+        optimiser: Any,
+        inputs: jax.Array,
+        targets: jax.Array,
+        scale: TargetScale,
+        hyperparameters: tuple[Any, Any],
+    ) -> tuple[Any, Any, jax.Array]:
+        rate, delta = hyperparameters
+        prepared = jax.tree.map(lambda part: part[0], self._stepper.batches(inputs[None]))
+        return self._stepper.step(
+            parameters,
+            optimiser,
+            prepared,
+            lambda output: self._loss(_magnitudes(output, scale), targets, delta),
+            rate,
+        )
+
+    def _predict_on_device(
+        self, parameters: Any, inputs: jax.Array, scale: TargetScale
+    ) -> jax.Array:
+        return _magnitudes(self._stepper.predict(parameters, inputs), scale)
+
+
+def _shapes(tree: Any) -> tuple[Any, ...]:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
+
+
+def _magnitudes(output: jax.Array, scale: TargetScale | TrainingArrays) -> jax.Array:
+    return output * scale.target_sd + scale.target_mean
 
 
 @lru_cache(maxsize=64)

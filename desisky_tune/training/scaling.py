@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import equinox as eqx
@@ -101,10 +102,10 @@ class Scaling:
         """
         try:
             scaling = cls(
-                *(
-                    np.asarray(mapping[name], np.float64)
-                    for name in ("input_mean", "input_sd", "target_mean", "target_sd")
-                ),
+                input_mean=np.asarray(mapping["input_mean"], np.float64),
+                input_sd=np.asarray(mapping["input_sd"], np.float64),
+                target_mean=np.asarray(mapping["target_mean"], np.float64),
+                target_sd=np.asarray(mapping["target_sd"], np.float64),
                 constant=np.asarray(mapping["constant"], bool),
             )
         except KeyError as error:
@@ -172,6 +173,12 @@ def unfold(model: eqx.nn.MLP, scaling: Scaling) -> eqx.nn.MLP:
     return _with_ends(model, layers)
 
 
+@lru_cache(maxsize=1)
+def plain_mlp() -> Any:
+    """Return the shape of an MLP with Equinox's defaults: to compare activations with."""
+    return eqx.filter_eval_shape(eqx.nn.MLP, 1, 1, 1, 1, key=jax.random.PRNGKey(0))
+
+
 def _moments(values: ArrayLike, what: str) -> tuple[Vector, Vector, NDArray[np.bool_]]:
     rows = np.asarray(values, np.float64)
     if rows.ndim != 2 or not len(rows):
@@ -189,10 +196,16 @@ def _moments(values: ArrayLike, what: str) -> tuple[Vector, Vector, NDArray[np.b
 
 
 def _layers(model: eqx.nn.MLP, scaling: Scaling) -> list[tuple[Vector, Vector]]:
-    if not isinstance(model, eqx.nn.MLP) or not (model.use_bias and model.use_final_bias):
+    if not isinstance(model, eqx.nn.MLP):
         raise InputError(
-            f"standardising needs an equinox.nn.MLP with biases, not {type(model).__name__}:"
-            " the scaling is folded into its first and last layers"
+            f"standardising needs an equinox.nn.MLP, not {type(model).__name__}: the scaling is"
+            " folded into its first and last layers"
+        )
+    linear_end = model.final_activation is plain_mlp().final_activation
+    if not (model.use_bias and model.use_final_bias and linear_end):
+        raise InputError(
+            "standardising needs an MLP with biases and without a final activation: the scaling"
+            " is folded into its first and last layers"
         )
     sizes = (len(scaling.input_mean), len(scaling.target_mean))
     first, last = model.layers[0].weight, model.layers[-1].weight
@@ -210,14 +223,14 @@ def _layers(model: eqx.nn.MLP, scaling: Scaling) -> list[tuple[Vector, Vector]]:
 def _with_ends(model: eqx.nn.MLP, layers: list[tuple[Vector, Vector]]) -> eqx.nn.MLP:
     ends = {0, len(layers) - 1}
     with np.errstate(over="ignore"):
-        arrays = [
+        arrays: list[tuple[Any, Any]] = [
             (jnp.asarray(weight.astype(np.float32)), jnp.asarray(bias.astype(np.float32)))
             if index in ends
             else (model.layers[index].weight, model.layers[index].bias)
             for index, (weight, bias) in enumerate(layers)
         ]
 
-    def parts(tree: eqx.nn.MLP) -> list[jax.Array]:
+    def parts(tree: eqx.nn.MLP) -> list[Any]:
         return [array for layer in tree.layers for array in (layer.weight, layer.bias)]
 
     return eqx.tree_at(parts, model, [array for pair in arrays for array in pair])

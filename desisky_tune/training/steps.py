@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from desisky_tune.training.scaling import plain_mlp
+
 #: Adam's constants (Kingma & Ba 2015; the defaults of optax).
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
@@ -68,7 +70,7 @@ class AdamState(NamedTuple):
 
     first: Any
     second: Any
-    count: jax.Array
+    steps: jax.Array
 
 
 def adam_rates(count: jax.Array, learning_rate: Any) -> tuple[jax.Array, jax.Array]:
@@ -122,7 +124,7 @@ class GenericStepper:
         if self._optimizer is not None:
             updates, optimiser = self._optimizer.update(gradients, optimiser, parameters)
             return optax.apply_updates(parameters, updates), optimiser, value
-        count = optimiser.count + 1
+        count = optimiser.steps + 1
         rates = adam_rates(count, learning_rate)
         leaves, tree = jax.tree.flatten(parameters)
         updated = [
@@ -181,8 +183,8 @@ class LeanStepper:
         """True for a float32 MLP of this project's kind: ReLU, biases, a linear end."""
         if type(model) is not eqx.nn.MLP or model.depth < 1:
             return False
-        plain = eqx.nn.MLP(1, 1, 1, 1, key=jax.random.PRNGKey(0))
-        arrays = [leaf for layer in model.layers for leaf in (layer.weight, layer.bias)]
+        plain = plain_mlp()
+        arrays = jax.tree.leaves(eqx.filter(model, trainable))
         return (
             model.use_bias
             and model.use_final_bias
@@ -232,7 +234,7 @@ class LeanStepper:
         self, parameters: Packed, optimiser: AdamState, batch: Any, loss: Any, learning_rate: Any
     ) -> tuple[Packed, AdamState, jax.Array]:
         inputs, transposed_inputs = batch
-        count = optimiser.count + 1
+        count = optimiser.steps + 1
         rates = adam_rates(count, learning_rate)
         _, last, _, _ = self._split(parameters.rest)
         units, predictions = self._forward(parameters, inputs)

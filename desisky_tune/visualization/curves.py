@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -32,8 +33,8 @@ def plot_loss_curve(
     Parameters
     ----------
     train_losses, test_losses
-        One value per epoch, counted from 0; NaN (an epoch without validation) leaves a gap that
-        the line spans.
+        One value per epoch, counted from 0. Fewer test than training losses are those of every
+        k-th epoch (``validate_every``), the first included. NaN leaves a gap that the line spans.
     title
         Above the axes.
     figsize
@@ -52,24 +53,29 @@ def plot_loss_curve(
         When there is no loss to draw, or the suffix is unknown.
     """
     check_save_path(save_path)
-    curves = {
-        "Training loss": (np.asarray(train_losses, dtype=float), TRAIN),
-        "Test loss": (np.asarray(test_losses, dtype=float), TEST),
-    }
-    values = np.concatenate([losses[np.isfinite(losses)] for losses, _ in curves.values()])
+    train, test = _finite_curve(train_losses, 1), _finite_curve(test_losses, 1)
+    if len(test_losses) < len(train_losses) and len(test_losses):
+        test = _finite_curve(test_losses, math.ceil(len(train_losses) / len(test_losses)))
+    values = np.concatenate([train[1], test[1]])
     if not len(values):
         raise InputError("no finite loss to draw: both curves are empty or NaN")
     with new_figure(figsize) as figure:
         axes = figure.subplots()
-        for name, (losses, colour) in curves.items():
-            epochs = np.flatnonzero(np.isfinite(losses))
-            axes.plot(epochs, losses[epochs], color=colour, label=name)
-        test = curves["Test loss"][0]
-        if np.isfinite(test).any():
-            best = int(np.nanargmin(np.where(np.isfinite(test), test, np.nan)))
-            text = f"Best: {test[best]:.4g} at epoch {best}"
-            style = {"marker": "o", "linestyle": "none", "color": TEST, "markersize": 7}
-            axes.plot([best], [test[best]], markeredgecolor="white", label=text, **style)  # type: ignore[arg-type]
+        axes.plot(*train, color=TRAIN, label="Training loss")
+        axes.plot(*test, color=TEST, label="Test loss")
+        if len(test[1]):
+            best = int(np.argmin(test[1]))
+            epoch, loss = test[0][best], test[1][best]
+            axes.plot(
+                [epoch],
+                [loss],
+                marker="o",
+                linestyle="none",
+                color=TEST,
+                markersize=7,
+                markeredgecolor="white",
+                label=f"Best: {loss:.4g} at epoch {epoch}",
+            )
         if values.min() > 0 and values.max() > _LOGARITHMIC_BEYOND * values.min():
             axes.set_yscale("log")
             axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
@@ -80,3 +86,10 @@ def plot_loss_curve(
         axes.legend(loc="upper right")
         save_figure(figure, save_path)
     return figure
+
+
+def _finite_curve(losses: Sequence[float], every: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the epochs that have a number, and the numbers."""
+    values = np.asarray(losses, dtype=float)
+    finite = np.flatnonzero(np.isfinite(values))
+    return finite * every, values[finite]

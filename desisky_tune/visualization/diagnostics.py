@@ -210,7 +210,7 @@ def plot_nn_outlier_analysis(
         if points is not None and colour_by is not None:
             bar = figure.colorbar(points, ax=axes[:, 0], pad=0.015, aspect=40)
             bar.set_label(label(colour_by))
-            bar.outline.set_visible(False)  # type: ignore[operator]
+            bar.outline.set_visible(False)
         figure.suptitle(f"{band} band: exposures with a residual beyond {outlier_mag:g} mag")
         save_figure(figure, save_path)
     return figure

@@ -1,22 +1,18 @@
-"""What a checkpoint predicts for a table of exposures, and how good that is.
-
-Columns are selected by the names in the checkpoint's header, whatever the order in the table.
-JAX is imported when a model is loaded, not before.
-"""
+"""How good a model is, beside the classical model and a constant, over all rows and by night."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from desisky_tune.data.columns import BANDS, FEATURES, NIGHT, TARGETS
-from desisky_tune.data.names import require_columns
-from desisky_tune.errors import CheckpointError, DataError
-from desisky_tune.io.header import check_names, constant_features, feature_names, features_recorded
+from desisky_tune.errors import DataError
+from desisky_tune.inference.predictor import Predictor
+from desisky_tune.io.header import check_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,196 +20,9 @@ if TYPE_CHECKING:
     from desisky_tune.data.features import FeatureTable
     from desisky_tune.data.splits import Split
 
-#: Columns that `predict_frame` adds, in the order V, g, r, z (AB mag/arcsec2).
-PREDICTIONS: tuple[str, ...] = tuple(name.replace("_SPEC", "_PRED") for name in TARGETS)
-
-#: Rows sent through the network at a time: bounds the memory of the widest layer.
-_ROWS_AT_A_TIME = 16384
-
-#: A value this far (relatively) from the training's constant has left it.
-_CONSTANT_TOLERANCE = 1e-6
-
 
 class _Model(Protocol):
     def predict(self, frame: pd.DataFrame, /) -> np.ndarray: ...
-
-
-@dataclass(frozen=True)
-class Predictor:
-    """A model together with the names of its inputs.
-
-    Attributes
-    ----------
-    model
-        Takes raw features `(f,)`, gives magnitudes `(4,)`.
-    features
-        The names of its inputs, in its order.
-    meta
-        The checkpoint's header; empty for a model that came from memory.
-    label
-        What messages call it.
-    """
-
-    model: Any
-    features: tuple[str, ...] = FEATURES
-    meta: Mapping[str, Any] = field(default_factory=dict)
-    label: str = "the model"
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str] | None) -> Predictor:
-        """Load a checkpoint; `None` loads the weights that desisky publishes.
-
-        Raises
-        ------
-        CheckpointError
-            When the file cannot be trusted, names unknown features, or does not give four bands.
-        MissingFileError
-            When there is no such file.
-        """
-        if path is None:
-            from desisky_tune.io.registry import load_model
-
-            model, meta = load_model("broadband")
-            label = "the published model"
-        else:
-            from desisky_tune.io.checkpoint import load
-            from desisky_tune.models.broadband import make_broadbandMLP
-
-            model, meta = load(path, make_broadbandMLP)
-            label = str(path)
-        bands = meta["arch"]["out_size"]
-        if bands != len(BANDS):
-            raise CheckpointError(f"{label}: gives {bands} values; {', '.join(BANDS)} are needed")
-        return cls(model, feature_names(meta, label), meta, label)
-
-    def predict(self, frame: pd.DataFrame) -> np.ndarray:
-        """Return magnitudes (n, 4) in V, g, r, z; NaN where a feature is missing.
-
-        Parameters
-        ----------
-        frame
-            Has the model's features as columns, in any order.
-
-        Raises
-        ------
-        DataError
-            When a feature is no column of the frame, or holds something that is no number.
-        """
-        inputs = self.inputs(frame)
-        usable = np.isfinite(inputs).all(axis=1)
-        predictions = np.full((len(inputs), len(BANDS)), np.nan)
-        if usable.any():
-            predictions[usable] = apply_model(self.model, inputs[usable])
-        return predictions
-
-    def inputs(self, frame: pd.DataFrame) -> np.ndarray:
-        """Return the model's inputs (n, f) float64, in its order."""
-        require_columns(self.features, frame.columns, where=f"a table for {self.label}")
-        columns = []
-        for name in self.features:
-            try:
-                columns.append(frame[name].to_numpy(dtype=np.float64, na_value=np.nan))
-            except (TypeError, ValueError) as error:
-                raise DataError(f"column {name} holds something that is no number") from error
-        return np.column_stack(columns) if columns else np.empty((len(frame), 0))
-
-    def notes(self, frame: pd.DataFrame) -> list[str]:
-        """Return what a user of this model on this table should be told, a line each."""
-        notes = []
-        if self.meta and not features_recorded(self.meta):
-            notes.append(
-                f"{self.label} records no feature names; taken in the reference order: "
-                + ", ".join(self.features)
-            )
-        for name in constant_features(self.meta):
-            if name in self.features:
-                notes += self._constant_notes(name, frame[name].to_numpy(dtype=np.float64))
-        missing = int((~np.isfinite(self.inputs(frame)).all(axis=1)).sum())
-        if missing:
-            notes.append(f"{missing} of {len(frame)} rows lack a feature: no prediction (NaN)")
-        return notes
-
-    def _constant_notes(self, name: str, values: np.ndarray) -> list[str]:
-        values = values[np.isfinite(values)]
-        if not len(values):
-            return []
-        trained = self._training_value(name)
-        usual = trained if trained is not None else float(np.median(values))
-        other = int((np.abs(values - usual) > _CONSTANT_TOLERANCE * max(1.0, abs(usual))).sum())
-        if not other:
-            return []
-        known = f" (always {trained:g})" if trained is not None else ""
-        return [
-            f"{name} did not vary in training{known}, so the model does not look at it;"
-            f" {other} of {len(values)} rows have another value"
-        ]
-
-    def _training_value(self, name: str) -> float | None:
-        """The value that a constant feature had in training, where the header tells."""
-        means = (self.meta.get("scaling") or {}).get("input_mean")
-        if not isinstance(means, list) or len(means) != len(self.features):
-            return None
-        value = means[self.features.index(name)]
-        return float(value) if isinstance(value, int | float) else None
-
-
-def apply_model(model: Any, inputs: np.ndarray) -> np.ndarray:
-    """Return what a model gives for many rows.
-
-    Parameters
-    ----------
-    model
-        Maps one vector `(f,)` to `(4,)`, as an Equinox module does.
-    inputs
-        Shape `(n, f)`; given to the model as float32.
-
-    Returns
-    -------
-    ndarray
-        Shape `(n, 4)`, float64.
-    """
-    import jax
-    import jax.numpy as jnp
-
-    rows = np.asarray(inputs, dtype=np.float32)
-    many = jax.vmap(model)
-    starts = range(0, len(rows), _ROWS_AT_A_TIME)
-    parts = [np.asarray(many(jnp.asarray(rows[s : s + _ROWS_AT_A_TIME]))) for s in starts]
-    return np.concatenate(parts).astype(np.float64) if parts else np.empty((0, len(BANDS)))
-
-
-def predict_frame(
-    checkpoint: str | os.PathLike[str] | Predictor | None, frame: pd.DataFrame
-) -> pd.DataFrame:
-    """Add a checkpoint's predictions to a table.
-
-    Parameters
-    ----------
-    checkpoint
-        A file, a `Predictor`, or `None` for the published weights.
-    frame
-        Has the model's features as columns, in any order.
-
-    Returns
-    -------
-    DataFrame
-        A copy with SKY_MAG_V_PRED, SKY_MAG_G_PRED, SKY_MAG_R_PRED, SKY_MAG_Z_PRED (AB
-        mag/arcsec2); NaN where a feature is missing. `frame.attrs["notes"]` is a list of lines
-        that the user should see: rows without a prediction, a constant feature that varies
-        here, an order of features that had to be assumed.
-
-    Raises
-    ------
-    CheckpointError, DataError
-        When the checkpoint cannot be trusted or the table lacks a feature.
-    """
-    predictor = checkpoint if isinstance(checkpoint, Predictor) else Predictor.load(checkpoint)
-    predictions = predictor.predict(frame)
-    result = frame.copy()
-    for column, values in zip(PREDICTIONS, predictions.T, strict=True):
-        result[column] = values
-    result.attrs = {**frame.attrs, "notes": predictor.notes(frame)}
-    return result
 
 
 @dataclass(frozen=True)
@@ -417,7 +226,7 @@ def _as_predictor(checkpoint: Any, features: Sequence[str]) -> Predictor:
         return checkpoint
     if checkpoint is None or isinstance(checkpoint, str | os.PathLike):
         return Predictor.load(checkpoint)
-    check_names(features, "the model: ")
+    check_names(features, "the model: ", own=features)
     return Predictor(checkpoint, tuple(features))
 
 
