@@ -390,9 +390,7 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def searched(
-    ray_instance: Any, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, str, str]:
+def searched(ray_instance: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     """A small real search: its run, and what it printed."""
     runs = tmp_path_factory.mktemp("runs")
     out, err = io.StringIO(), io.StringIO()

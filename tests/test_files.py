@@ -15,9 +15,14 @@ from desisky_tune.files import append_line, atomic_open, sha256_file
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     path.write_text("old")
-    with pytest.raises(RuntimeError), atomic_open(path, "w") as stream:
-        stream.write("half")
-        raise RuntimeError("stop")
+
+    def write_half() -> None:
+        with atomic_open(path, "w") as stream:
+            stream.write("half")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write_half()
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["table.csv"]
 
@@ -32,9 +37,13 @@ def test_a_written_file_is_whole(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
-    with pytest.raises(StorageError, match=r"cannot write .*table\.csv: No space left"):
+
+    def fill_disk() -> None:
         with atomic_open(path, "w"):
             raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(StorageError, match=r"cannot write .*table\.csv: No space left"):
+        fill_disk()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,15 +12,17 @@ from hypothesis import strategies as st
 from desisky_tune.errors import RunError
 from desisky_tune.search.folder import RunFolder, valid_run_name
 
+NAMES = st.one_of(st.text(max_size=120), st.text(alphabet="ab.-_/~ \\", max_size=8))
 
-@given(st.text(max_size=120))
+
+@given(NAMES)
 def test_no_name_leaves_the_folder(name: str) -> None:
     try:
-        accepted = valid_run_name(name)
-    except RunError as error:
-        assert "\n" not in str(error)
+        valid_run_name(name)
+    except RunError:
         return
-    assert (Path("/runs") / accepted).resolve().parent == Path("/runs")
+    assert (Path("/runs") / name).resolve() == Path(f"/runs/{name}")
+    assert name.isprintable()
 
 
 def test_a_new_run_takes_the_next_free_name(tmp_path: Path) -> None:
@@ -41,7 +43,7 @@ def test_a_name_asked_for_is_never_changed(tmp_path: Path) -> None:
 def test_a_run_opens_by_its_search_json(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no such folder"):
         RunFolder.open(tmp_path / "none")
-    with pytest.raises(RunError, match="no search.json"):
+    with pytest.raises(RunError, match=r"no search\.json"):
         RunFolder.open(tmp_path)
     folder = RunFolder.create(tmp_path, "quick", exact=True)
     folder.write_search({"name": "quick"})

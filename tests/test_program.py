@@ -369,7 +369,7 @@ def test_rows_that_do_not_fit_are_refused():
     x, y, test_x, test_y = table()
     with pytest.raises(InputError, match="disagree"):
         training_arrays(x[:-1], y, test_x, test_y)
-    with pytest.raises(InputError, match=r"validation targets of shape \(0, 4\)"):
+    with pytest.raises(InputError, match=r"validation inputs of shape \(0, 6\)"):
         training_arrays(x, y, test_x[:0], test_y[:0])
     x[4, 1] = np.inf
     with pytest.raises(InputError, match="training inputs: 1 of 75 rows are not finite"):

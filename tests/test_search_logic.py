@@ -196,6 +196,20 @@ def test_an_interrupted_search_hands_out_every_trial_once_and_forgets_none(
     assert [records[number] for number in before] == list(before.values())
 
 
+def test_a_trial_whose_process_died_is_tried_again_as_it_was(tmp_path: Path) -> None:
+    spec = a_spec(trials=8, sampler="random", scheduler="none")
+    expected = VirtualSearch(spec, tmp_path / "whole").run()
+
+    mortal = FakeBackend(raises_at={3: (30, ProcessDiedError("killed"))})
+    first = VirtualSearch(spec, tmp_path / "cut", workers=2, backend=mortal, max_deaths=1)
+    assert [record.number for record in first.run()] == [0, 1, 2, 4, 5, 6, 7]
+    second = VirtualSearch(spec, tmp_path / "cut", workers=2)
+    records = second.run()
+
+    assert list(second.suggested) == [3]
+    assert [measured(r) for r in records] == [measured(r) for r in expected]
+
+
 def test_a_ledger_with_a_gap_is_filled(tmp_path: Path) -> None:
     spec = a_spec(trials=8, sampler="random", scheduler="none")
     expected = VirtualSearch(spec, tmp_path / "whole").run()

@@ -8,9 +8,9 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import optuna
 import pytest
+from ray import cloudpickle
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.search.optuna import OptunaSearch

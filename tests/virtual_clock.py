@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,16 +131,25 @@ class VirtualSearch:
         Trials in flight.
     backend
         What trains.
+    max_deaths
+        How often a trial's process may die before the trial has failed.
     """
 
     def __init__(
-        self, spec: SearchSpec, folder: Path, *, workers: int = 1, backend: Any = None
+        self,
+        spec: SearchSpec,
+        folder: Path,
+        *,
+        workers: int = 1,
+        backend: Any = None,
+        max_deaths: int = 0,
     ) -> None:
         self.spec = spec
         self.folder = RunFolder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.workers = workers
         self.backend = backend or FakeBackend()
+        self.max_deaths = max_deaths
         self.clock = 0.0
         self.suggested: dict[int, dict[str, Any]] = {}
         self.decisions: list[tuple[int, int, float, str]] = []
@@ -169,6 +179,8 @@ class VirtualSearch:
             known,
             total=self.spec.search.trials,
             max_epochs=self.spec.training.epochs,
+            max_deaths=self.max_deaths,
+            deaths=Counter(),
             seed=self.spec.training.seed,
             emit=lambda event: None,
         )

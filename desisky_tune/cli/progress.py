@@ -141,7 +141,9 @@ class LiveProgress:
         self._tally.see(event)
         if not isinstance(event, TrialFinished | TrialReported):
             for line in event_lines(event, self._tally):
-                self._bar.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+                self._bar.console.print(
+                    printable(line), markup=False, highlight=False, soft_wrap=True
+                )
         if isinstance(event, SearchStarted):
             self._task = self._bar.add_task("trials", total=event.trials, status="")
         if self._task is None:

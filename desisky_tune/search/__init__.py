@@ -21,7 +21,7 @@ _HOME = {
     "export_trial": "export",
 }
 
-__all__ = [*_HOME]  # noqa: PLE0604
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:

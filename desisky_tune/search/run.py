@@ -476,7 +476,6 @@ def checkpoint_header(
     folder: RunFolder, spec: SearchSpec, table: FeatureTable, split: Split
 ) -> dict[str, Any]:
     """What the header of every trial's checkpoint says of its origin."""
-    parts = {"train": split.train, "validation": split.validation, "test": split.test}
     return {
         "search": {"name": folder.name, "sampler": spec.search.sampler, "seed": spec.search.seed},
         "data": {
@@ -484,12 +483,7 @@ def checkpoint_header(
             for key in ("source", "subset", "eclipse", "v_derived", "fingerprint")
             if key in table.provenance
         },
-        "split": {
-            "by": split.by,
-            "seed": split.seed,
-            "fractions": list(split.fractions),
-            "rows": {part: len(rows) for part, rows in parts.items()},
-        },
+        "split": split.as_exposures(table.frame),
         "seed": spec.training.seed,
         "versions": versions(),
     }

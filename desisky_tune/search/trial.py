@@ -77,7 +77,12 @@ class Roster:
 class SearchTrial(tune.Trainable):
     """One trial: advances to the next rung at each step."""
 
-    def setup(self, config: dict[str, Any], plan: TrialPlan, roster: Any = None) -> None:
+    _epochs: int
+
+    # Ray Tune calls setup with what `tune.with_parameters` was given.
+    def setup(  # type: ignore[override]
+        self, config: dict[str, Any], plan: TrialPlan, roster: Any = None
+    ) -> None:
         """Begin the process's first trial."""
         os.environ.update(plan.environment)
         self._plan = plan
