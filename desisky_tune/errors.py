@@ -5,6 +5,8 @@ A message is one line: what was given, what is allowed, and where.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class DesiskyTuneError(Exception):
     """A failure of ours: the command ends with exit code 1."""
@@ -46,8 +48,6 @@ class DownloadError(DesiskyTuneError, OSError):
 
     exit_code = 2
 
-    exit_code = 2
-
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
 
@@ -65,3 +65,14 @@ class StorageError(DesiskyTuneError, OSError):
 
 class SearchError(DesiskyTuneError):
     """A search ended without a result."""
+
+
+class SearchInterrupted(KeyboardInterrupt):
+    """A search was stopped before all its trials had run; it can be resumed."""
+
+    def __init__(self, run_dir: Path, done: int, total: int) -> None:
+        super().__init__(
+            f"interrupted after {done} of {total} trials; "
+            f"continue with 'desisky-tune resume {run_dir}'"
+        )
+        self.run_dir = run_dir

@@ -543,7 +543,7 @@ def test_ctrl_c_leaves_the_best_so_far(
 def test_an_interrupted_search_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from desisky_tune.search.run import SearchInterrupted
+    from desisky_tune.errors import SearchInterrupted
 
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise SearchInterrupted(Path("runs/quick"), 3, 8)

@@ -203,7 +203,8 @@ def test_a_search_in_which_nothing_completes_fails(ray_instance: Any, tmp_path: 
 RANDOM = ("search.sampler=random", "search.scheduler=none", "search.trials=6")
 DRIVER = """
 import sys
-from desisky_tune.search.run import run_search, SearchInterrupted
+from desisky_tune.errors import SearchInterrupted
+from desisky_tune.search.run import run_search
 from desisky_tune.search.space import load_spec
 from desisky_tune.search.events import TrialFinished
 def tell(event):

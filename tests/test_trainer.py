@@ -411,12 +411,26 @@ def test_what_cannot_be_standardized_is_refused_before_training(tmp_path):
         trainer.train(*loaders())
 
 
-def test_features_that_no_checkpoint_may_hold_are_refused_before_training(tmp_path):
-    frame = exposures().rename(columns={"MOONSEP": "MOON_SEPARATION"})
-    dataset = SkyBrightnessDataset(frame, None, ["MOON_SEPARATION", *ORDER[1:]])
-    loader = NumpyLoader(dataset, 16)
-    with pytest.raises(CheckpointError, match="MOON_SEPARATION"):
-        BroadbandTrainer(mlp(), config(tmp_path)).train(loader, loader)
+@pytest.mark.parametrize(
+    ("save_best", "kind", "reason"),
+    [
+        (True, CheckpointError, "5 features are named, the model takes 6"),
+        (False, InputError, "5 inputs and 4 targets, and a model that maps 6 to 4"),
+    ],
+)
+def test_a_model_of_another_size_is_refused_before_training(tmp_path, save_best, kind, reason):
+    loader = NumpyLoader(SkyBrightnessDataset(exposures(), None, ORDER[1:]), 16)
+    with pytest.raises(kind, match=reason):
+        BroadbandTrainer(mlp(), config(tmp_path, save_best=save_best)).train(loader, loader)
+
+
+def test_training_and_test_rows_of_different_features_are_refused(tmp_path):
+    one, other = (
+        NumpyLoader(SkyBrightnessDataset(exposures(), None, names), 16)
+        for names in (ORDER, ORDER[::-1])
+    )
+    with pytest.raises(InputError, match="training and test rows have different inputs"):
+        BroadbandTrainer(mlp(), config(tmp_path)).train(one, other)
 
 
 def test_loaders_that_cannot_train_are_refused(tmp_path):

@@ -15,7 +15,6 @@ _HOME = {
     "run_search": "run",
     "resume_search": "run",
     "SearchResult": "run",
-    "SearchInterrupted": "run",
     "TrialRecord": "records",
     "Ledger": "records",
     "export_trial": "export",

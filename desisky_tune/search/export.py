@@ -109,7 +109,7 @@ def _write_missing(folder: RunFolder, record: TrialRecord) -> None:
     from desisky_tune.data.splits import Split
     from desisky_tune.search.backend import Assignment
     from desisky_tune.search.local import LocalBackend, SearchArrays, state_path
-    from desisky_tune.search.run import checkpoint_header, read_table_of
+    from desisky_tune.search.origin import checkpoint_header, read_table_of
     from desisky_tune.search.space import spec_from_dict
 
     if not state_path(folder.trials, record.number).exists():

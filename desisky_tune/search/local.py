@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,7 +123,11 @@ class LocalBackend:
         return self._progress(running)
 
     def release(self, trial: Assignment) -> None:
-        """Keep the best weights of a trial that goes no further, and drop its state."""
+        """Keep the best weights of a trial, and forget it here.
+
+        Its state stays on disk: who releases a trial may only be interrupted, and take it
+        up again. `sweep` removes the states of the trials that are finished.
+        """
         running = self._running.pop(trial.number, None)
         if running is None or self._progress(running).failed:
             return
@@ -138,7 +142,6 @@ class LocalBackend:
             self._scaling,
             self._header,
         )
-        state_path(self._folder, trial.number).unlink(missing_ok=True)
 
     def _train(self, trial: Assignment, running: _Running, epochs: int) -> _Running:
         from desisky_tune.training.program import Hyperparameters
@@ -260,6 +263,13 @@ def state_path(folder: Path, number: int) -> Path:
 def checkpoint_path(folder: Path, number: int) -> Path:
     """Where the best weights of a trial lie."""
     return folder / f"{number:05d}.eqx"
+
+
+def sweep(folder: Path, finished: Iterable[int]) -> None:
+    """Remove the states of finished trials whose weights have been kept."""
+    for number in finished:
+        if checkpoint_path(folder, number).exists():
+            state_path(folder, number).unlink(missing_ok=True)
 
 
 def write_checkpoint(

@@ -11,6 +11,7 @@ from ray.tune import Callback, Stopper
 
 from desisky_tune.search.events import EventSink, TrialFinished, TrialReported
 from desisky_tune.search.folder import RunFolder
+from desisky_tune.search.local import sweep
 from desisky_tune.search.records import Ledger, TrialRecord, best_record, finish
 
 #: Trials that may fail one after another, before any has completed, until a search gives up.
@@ -124,6 +125,7 @@ class Recorder(Callback):
         )
         self._ledger.append(record)
         self._records[number] = record
+        sweep(self._folder.trials, self._records)
         self.failures_in_a_row = self.failures_in_a_row + 1 if record.state == "FAIL" else 0
         self._emit(
             TrialFinished(record, len(self._records), self._total, best_record(self.records))

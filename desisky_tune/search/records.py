@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -169,6 +169,11 @@ def _rank(record: TrialRecord) -> tuple[float, int, int]:
     return objective, record.parameters, record.number
 
 
+def remaining_trials(trials: int, records: Iterable[TrialRecord]) -> int:
+    """Return how many of `trials` have no record yet."""
+    return max(0, trials - len(list(records)))
+
+
 class Ledger:
     """The finished trials of a run: a file of JSON lines, each appended and fsynced.
 
@@ -243,7 +248,8 @@ class Ledger:
 
 def record_to_json(record: TrialRecord) -> str:
     """Return a record as one line of JSON; every float comes back bit for bit."""
-    return json.dumps(_spell(asdict(record)), allow_nan=False, separators=(",", ":"))
+    content = {each.name: _spell(getattr(record, each.name)) for each in fields(record)}
+    return json.dumps(content, allow_nan=False, separators=(",", ":"))
 
 
 def record_from_json(line: str) -> TrialRecord:

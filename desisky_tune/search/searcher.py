@@ -7,6 +7,7 @@ study, and leaves a trial with NaN RUNNING for ever. Here `finish` decides every
 
 from __future__ import annotations
 
+import math
 import pickle
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
@@ -206,8 +207,9 @@ class StudySearch(OptunaSearch):
             self._store.set_trial_param(trial, name, inner, distribution)
 
     def _report(self, number: int, epochs: int, objective: float) -> None:
-        if objective == objective and abs(objective) != float("inf"):
-            self._reports.setdefault(number, {})[epochs] = objective
+        known = self._reports.setdefault(number, {})
+        if math.isfinite(objective) and known.get(epochs) != objective:
+            known[epochs] = objective
             trial = self._trial_id(number)
             self._store.set_trial_intermediate_value(trial, epochs, objective)
 

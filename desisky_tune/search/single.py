@@ -111,7 +111,7 @@ def repeated_training(
         When there is no such run or trial, or a value breaks a rule.
     """
     from desisky_tune.data.splits import Split
-    from desisky_tune.search.run import read_table_of
+    from desisky_tune.search.origin import read_table_of
 
     folder = RunFolder.open(run_dir)
     content = folder.read_search()
@@ -192,7 +192,7 @@ def _stops(epochs: int, every: int) -> list[int]:
 
 
 def _header(plan: SingleTraining) -> dict[str, Any]:
-    from desisky_tune.search.run import checkpoint_header
+    from desisky_tune.search.origin import checkpoint_header
 
     header = checkpoint_header(RunFolder(Path("train")), plan.spec, plan.table, plan.split)
     return {**header, "seed": plan.seed}

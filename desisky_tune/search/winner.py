@@ -2,12 +2,14 @@
 
 This is the only place that reads the test rows, and it reads them once: after the
 winner's file stands. What was measured is kept in `evaluation.json`, so that a run
-that is resumed after its end reads them no second time.
+that is resumed after its end reads them no second time. Only where a time limit ended a
+search, and its resume found another winner, are they read again; `test_rows_read` counts.
 
 An evaluation is a JSON object::
 
-    {"winner": 17, "v_derived": true, "rows": {"train": .., "validation": .., "test": ..},
-     "nights": {...}, "figures": {"winner" | "default" | "classical" | "constant":
+    {"winner": 17, "test_rows_read": 1, "v_derived": true,
+     "rows": {"train": .., "validation": .., "test": ..}, "nights": {...},
+     "figures": {"winner" | "default" | "classical" | "constant":
        {"validation" | "test": {"V": .., "g": .., "r": .., "z": .., "mean": .., "mean_grz": ..}}}}
 
 with every figure an RMSE in magnitudes.
@@ -62,10 +64,9 @@ def crown(
     SearchError
         When the file read back does not give the figures that the trial reported.
     """
-    if folder.evaluation.exists() and folder.best.exists():
-        known = json.loads(folder.evaluation.read_text())
-        if known["winner"] == winner.number:
-            return dict(known)
+    known = json.loads(folder.evaluation.read_text()) if folder.evaluation.exists() else {}
+    if known.get("winner") == winner.number and folder.best.exists():
+        return dict(known)
     export_trial(folder.path, folder.best, trial=winner.number)
     models = _models(folder, records, table, split)
     figures: dict[str, dict[str, Any]] = {
@@ -83,6 +84,7 @@ def crown(
     nights = table.frame["NIGHT"]
     evaluation = {
         "winner": winner.number,
+        "test_rows_read": known.get("test_rows_read", 0) + 1,
         "checkpoint": str(folder.best.relative_to(folder.path)),
         "v_derived": table.v_derived,
         "rows": {part: len(rows) for part, rows in parts.items()},

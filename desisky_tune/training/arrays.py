@@ -98,9 +98,7 @@ def training_arrays(
             raise InputError(f"{name} of shape {part.shape}; needed: (rows, columns), rows > 0")
         broken = int((~np.isfinite(part)).any(axis=1).sum())
         if broken:
-            raise InputError(
-                f"{name}: {broken} of {len(part)} rows hold values that are not finite"
-            )
+            raise InputError(f"{name}: {broken} of {len(part)} rows are not finite")
     shapes = [part.shape for part in parts]
     if (
         shapes[0][0] != shapes[1][0]

@@ -102,7 +102,7 @@ def all_batches(loader: Any, what: str) -> Iterator[Batch]:
 
 def feature_names(loader: Any) -> list[str] | None:
     """Return the names of the inputs, where the dataset knows them."""
-    dataset = getattr(loader, "dataset", None)
+    dataset: Any = getattr(loader, "dataset", None)
     while hasattr(dataset, "dataset") and hasattr(dataset, "indices"):
         dataset = dataset.dataset
     names = getattr(dataset, "input_features", None)

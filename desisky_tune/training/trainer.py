@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import numpy as np
 import optax
 
@@ -154,6 +155,7 @@ class BroadbandTrainer:
         train, test = gather(train_loader), gather(test_loader)
         if train is not None and test is not None:
             seen, measured = train.visited(), test.visited()
+            self._check_sizes(seen.inputs.shape[1], seen.targets.shape[1])
             self._fit(seen.inputs, seen.targets)
             arrays = training_arrays(
                 seen.inputs, seen.targets, measured.inputs, measured.targets, self._scaling
@@ -186,6 +188,14 @@ class BroadbandTrainer:
             )
         if self.config.save_best:
             self._header(self.model)
+
+    def _check_sizes(self, inputs: int, targets: int) -> None:
+        model = self.model
+        if isinstance(model, eqx.nn.MLP) and (model.in_size, model.out_size) != (inputs, targets):
+            raise InputError(
+                f"rows of {inputs} inputs and {targets} targets, and a model that maps"
+                f" {model.in_size} to {model.out_size}"
+            )
 
     def _fit(self, inputs: np.ndarray, targets: np.ndarray) -> None:
         self._scaling = Scaling.fit(inputs, targets) if self.config.standardize else None

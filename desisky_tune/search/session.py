@@ -1,0 +1,241 @@
+"""Sessions of a search: experiments of Ray Tune that run the trials without a record.
+
+A search that is neither interrupted nor loses a process is one session. Each starts from
+the ledger: the study is written anew from it, the scheduler is told what earlier trials
+reached, and trials that were under way come first.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from ray import tune
+
+from desisky_tune.data.features import FeatureTable
+from desisky_tune.data.splits import Split
+from desisky_tune.errors import RunError, SearchError, SearchInterrupted
+from desisky_tune.search.events import EventSink, Note, SearchStarted
+from desisky_tune.search.folder import RunFolder
+from desisky_tune.search.local import LocalBackend, SearchArrays, process_environment
+from desisky_tune.search.origin import checkpoint_header
+from desisky_tune.search.recorder import GiveUp, Recorder
+from desisky_tune.search.records import Ledger, best_record, remaining_trials
+from desisky_tune.search.schedulers import make_scheduler
+from desisky_tune.search.searcher import StudySearch, rebuild_study
+from desisky_tune.search.space import SearchSpec, rungs
+from desisky_tune.search.trial import Roster, SearchTrial, TrialPlan
+
+#: What Ray Tune reads from the environment; the search draws and writes its own.
+TUNE_ENVIRONMENT: Mapping[str, str] = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_WARN_THRESHOLD_S": "60",
+}
+
+
+def run_trials(
+    folder: RunFolder,
+    spec: SearchSpec,
+    table: FeatureTable,
+    split: Split,
+    ray: Any,
+    emit: EventSink,
+) -> None:
+    """Run trials until each has a record, or until something ends the search early.
+
+    Raises
+    ------
+    SearchError
+        When every trial failed.
+    SearchInterrupted
+        On Ctrl-C, or when the time limit ended the search without a complete trial.
+    """
+    limit = spec.search.time_limit
+    deadline = None if limit is None else time.monotonic() + limit
+    deaths: Counter[int] = Counter()
+    again = False
+    while True:
+        recorder = _run_session(folder, spec, table, split, ray, emit, deaths, deadline, again)
+        records, again = recorder.records, True
+        unfinished = remaining_trials(spec.search.trials, records)
+        if records and all(record.state == "FAIL" for record in records):
+            raise SearchError(
+                f"all {len(records)} trials failed, the first with: {records[0].reason}"
+            )
+        if not unfinished:
+            return
+        if recorder.died and len(recorder.died) == unfinished:
+            # Only trials whose process died are left, and each may be tried again.
+            emit(Note(f"{unfinished} trials are started again: their processes died"))
+            continue
+        break
+    # Trials under way were not told to the study: it is written anew from the ledger.
+    rebuild_study(folder.study, spec, records)
+    done = spec.search.trials - unfinished
+    if deadline is None or time.monotonic() < deadline or best_record(records) is None:
+        raise SearchInterrupted(folder.path, done, spec.search.trials)
+    emit(
+        Note(
+            f"the time limit of {limit:g} s ended the search after {done} of "
+            f"{spec.search.trials} trials; 'desisky-tune resume' goes on"
+        )
+    )
+
+
+def _run_session(
+    folder: RunFolder,
+    spec: SearchSpec,
+    table: FeatureTable,
+    split: Split,
+    ray: Any,
+    emit: EventSink,
+    deaths: Counter[int],
+    deadline: float | None,
+    again: bool,
+) -> Recorder:
+    """Run the trials that have no record yet in one experiment of Ray Tune."""
+    known = Ledger(folder.ledger).records()
+    finished = {record.number for record in known}
+    handed_out = folder.read_started()
+    pending = [(n, c) for n, c in sorted(handed_out.items()) if n not in finished]
+    remaining = remaining_trials(spec.search.trials, known)
+    resources = {"cpu": spec.resources.cpus_per_trial, "gpu": spec.resources.gpus_per_trial}
+    concurrency = min(_concurrency(spec, ray), remaining)
+
+    continued = bool(known or pending)
+    if continued:
+        rebuild_study(folder.study, spec, known)
+    searcher = StudySearch(spec, folder.study, workers=concurrency)
+    scheduler = make_scheduler(spec)
+    if continued:
+        searcher.prime(known, pending)
+        scheduler.prime(known)
+
+    arrays = SearchArrays.from_table(table, split.train, split.validation, spec.data.features)
+    header = checkpoint_header(folder, spec, table, split)
+    plan = TrialPlan(
+        rungs=tuple(rungs(spec)),
+        seed=spec.training.seed,
+        backend=functools.partial(
+            _local_backend, ray.put(arrays), spec.training, folder.trials, header
+        ),
+        environment=process_environment(),
+    )
+    roster = ray.remote(num_cpus=0)(Roster).remote(concurrency) if concurrency > 1 else None
+    recorder = Recorder(
+        folder,
+        known,
+        total=spec.search.trials,
+        max_epochs=spec.training.epochs,
+        max_deaths=spec.search.max_failures,
+        deaths=deaths,
+        seed=spec.training.seed,
+        emit=emit,
+    )
+    if not again:
+        emit(
+            SearchStarted(
+                name=folder.name,
+                run_dir=folder.path,
+                trials=spec.search.trials,
+                epochs=spec.training.epochs,
+                concurrency=concurrency,
+                finished=len(known),
+                dashboard_url=_dashboard_url(ray),
+            )
+        )
+    trainable = tune.with_resources(
+        tune.with_parameters(SearchTrial, plan=plan, roster=roster), resources
+    )
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            metric="objective",
+            mode="min",
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=remaining,
+            max_concurrent_trials=concurrency,
+            reuse_actors=True,
+            time_budget_s=None if deadline is None else max(1.0, deadline - time.monotonic()),
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name=f"session-{len(list(folder.tune.glob('session-*'))) + 1}",
+            storage_path=str(folder.tune),
+            callbacks=[recorder],
+            stop=GiveUp(recorder),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=spec.search.max_failures),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
+        ),
+    )
+    try:
+        with _quiet_tune():
+            tuner.fit()
+    finally:
+        searcher.close()
+    return recorder
+
+
+def _local_backend(arrays: Any, *shared: Any) -> LocalBackend:
+    """Make a trial process's backend around the arrays in Ray's object store."""
+    import ray
+
+    return LocalBackend(ray.get(arrays), *shared)
+
+
+def _concurrency(spec: SearchSpec, ray: Any) -> int:
+    """Trials at a time: what the specification says, or what the cluster holds."""
+    if spec.resources.workers is not None:
+        return spec.resources.workers
+    have = ray.cluster_resources()
+    room = [have.get("CPU", 1.0) / spec.resources.cpus_per_trial]
+    if spec.resources.gpus_per_trial:
+        room.append(have.get("GPU", 0.0) / spec.resources.gpus_per_trial)
+    if min(room) < 1:
+        raise RunError(
+            f"resources: a trial asks for {spec.resources.cpus_per_trial:g} CPU and "
+            f"{spec.resources.gpus_per_trial:g} GPU; Ray has {have.get('CPU', 0):g} CPU and "
+            f"{have.get('GPU', 0):g} GPU"
+        )
+    return int(min(room))
+
+
+def _dashboard_url(ray: Any) -> str | None:
+    url = ray.get_runtime_context().worker.node.webui_url if ray.is_initialized() else None
+    return f"http://{url}" if url else None
+
+
+def _trial_name(trial: Any) -> str:
+    return f"trial-{int(trial.config['trial']):05d}"
+
+
+@contextmanager
+def _quiet_tune() -> Iterator[None]:
+    """Let Ray Tune draw and log nothing: what it has to say comes through the recorder."""
+    before = {name: os.environ.get(name) for name in TUNE_ENVIRONMENT}
+    loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.air", "ray.train")]
+    levels = [logger.level for logger in loggers]
+    os.environ.update(TUNE_ENVIRONMENT)
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
