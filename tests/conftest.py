@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 
+from desisky_tune.ray_session import LOOPBACK_ENVIRONMENT
+
+# Before anything imports Ray: what it listens on is settled then.
+for name, value in LOOPBACK_ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 

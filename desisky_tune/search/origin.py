@@ -11,6 +11,7 @@ from desisky_tune.data.splits import Split
 from desisky_tune.errors import RunError
 from desisky_tune.files import atomic_path
 from desisky_tune.search.folder import RunFolder
+from desisky_tune.search.samplers import sampler_settings
 from desisky_tune.search.space import SearchSpec, resolved_dict
 from desisky_tune.search.versions import versions
 
@@ -24,6 +25,7 @@ def write_run(folder: RunFolder, spec: SearchSpec, table: FeatureTable, split: S
             "name": folder.name,
             "created": now(),
             "spec": resolved_dict(spec),
+            "sampler": sampler_settings(spec),
             "data": dict(table.provenance),
             "split": split.as_exposures(table.frame),
             "seed": {

@@ -96,6 +96,10 @@ class Recorder(Callback):
         """Record a trial that ended by itself or was pruned."""
         self._record(trial, trial.last_result, reason=trial.last_result.get("reason"))
 
+    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """Count a death after which Ray Tune starts the trial again by itself."""
+        self._deaths[_identity(trial)[0]] += 1
+
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Record a trial whose process died more often than it may.
 
