@@ -9,6 +9,7 @@ user's home. Both are settled here, before Ray is imported.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +33,9 @@ WORKER_ENVIRONMENT: Mapping[str, str] = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "PYTHONWARNINGS": "ignore",
 }
+
+#: How long a cluster's address may take to answer (s).
+CONNECT_SECONDS = 10.0
 
 #: Memory that a local Ray's object store may take (bytes).
 OBJECT_STORE_BYTES = 512 * 1024**2
@@ -73,6 +77,7 @@ def ray_session(
             os.environ.setdefault(name, value)
     else:
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+        _refuse_silence(address)
     import ray
 
     if ray.is_initialized():
@@ -102,3 +107,22 @@ def ray_session(
         yield ray
     finally:
         ray.shutdown()
+
+
+def _refuse_silence(address: str) -> None:
+    """Refuse an address at which nobody listens: Ray itself would try for minutes.
+
+    Raises
+    ------
+    InputError
+        When nothing answers at HOST:PORT, or `address` has another form.
+    """
+    if address == "auto":
+        return
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (colon and host and port.isdigit()):
+        raise InputError(f"address {address!r}: must be 'auto' or HOST:PORT")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"no Ray cluster answers at {address!r}: {error}") from error

@@ -457,6 +457,12 @@ def test_no_network(
     check(["data", "fetch", "--root", "data"], (url,), here, capsys)
 
 
+def test_no_cluster(closed_port: int, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    address = f"127.0.0.1:{closed_port}"
+    check(["search", "--address", address, "--runs", "runs"], (address,), here, capsys)
+    check(["search", "--address", "nonsense", "--runs", "runs"], ("HOST:PORT",), here, capsys)
+
+
 def test_a_catalogue_that_was_never_fetched(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

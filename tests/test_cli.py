@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
+import pickle
 import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -353,13 +356,35 @@ def test_a_terminal_shows_done_best_left_and_running() -> None:
         for event in story()[:5]:
             progress(event)
         progress(TrialReported(3, 10, 0.45))
+        progress(TrialFinished(record(4, None, "FAIL"), 3, 4, record(1, 0.4)))
         bar.refresh()
         shown = screen.getvalue()
+        assert "trial 4 FAIL: the RMSE was not finite" in shown
         assert "2/4" in shown
         assert "best RMSE 0.4000 mag (trial 1)" in shown
         assert "left" in shown
         assert "trial 3 at epoch 10" in shown
         assert "search quick: 4 trials" in shown
+
+
+def test_what_a_terminal_draws_with_need_not_be_pickled(tmp_path: Path) -> None:
+    # Ray Tune pickles the search's recorder; a terminal holds locks and streams.
+    from rich.progress import Progress
+
+    from desisky_tune.search.folder import RunFolder
+    from desisky_tune.search.recorder import Recorder
+
+    recorder = Recorder(
+        RunFolder(tmp_path),
+        [record(1, 0.4)],
+        total=2,
+        max_epochs=50,
+        max_deaths=1,
+        deaths=Counter(),
+        seed=0,
+        emit=LiveProgress(Progress(disable=True)),
+    )
+    assert pickle.loads(pickle.dumps(recorder)).records == recorder.records
 
 
 @pytest.mark.parametrize(
@@ -431,9 +456,9 @@ def test_a_board_holds_the_ledgers_trials(
         entry["number"]: entry["objective"] for entry in ledger
     }
     assert main(["leaderboard", str(run), "--csv"]) == 0
-    complete = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    complete = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     expected = sorted(e["objective"] for e in ledger if e["state"] == "COMPLETE")
-    assert complete["objective"].tolist() == expected
+    assert [float(row["objective"]) for row in complete] == expected
     assert main(["leaderboard", str(run)]) == 0
     assert "V (derived)" in capsys.readouterr().out.splitlines()[0]
 

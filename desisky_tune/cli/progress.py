@@ -139,7 +139,7 @@ class LiveProgress:
     def __call__(self, event: Event) -> None:
         """Redraw, and print what is to stay."""
         self._tally.see(event)
-        if not isinstance(event, TrialFinished | TrialReported):
+        if not isinstance(event, TrialReported) and not _went_well(event):
             for line in event_lines(event, self._tally):
                 self._bar.console.print(
                     printable(line), markup=False, highlight=False, soft_wrap=True
@@ -153,6 +153,10 @@ class LiveProgress:
         self._bar.update(
             self._task, completed=self._tally.done, total=self._tally.total, status=status
         )
+
+
+def _went_well(event: Event) -> bool:
+    return isinstance(event, TrialFinished) and event.record.state != "FAIL"
 
 
 def event_lines(event: Event, tally: Tally) -> list[str]:

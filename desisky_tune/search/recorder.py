@@ -9,7 +9,7 @@ from typing import Any
 
 from ray.tune import Callback, Stopper
 
-from desisky_tune.search.events import EventSink, TrialFinished, TrialReported
+from desisky_tune.search.events import Event, EventSink, TrialFinished, TrialReported
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.local import sweep
 from desisky_tune.search.records import Ledger, TrialRecord, best_record, finish
@@ -68,6 +68,10 @@ class Recorder(Callback):
         self.failures_in_a_row = 0
         #: Numbers of the trials whose process died and that may be tried once more.
         self.died: set[int] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without the watcher: Ray Tune pickles its callbacks to disk."""
+        return {**self.__dict__, "_emit": _nobody}
 
     @property
     def records(self) -> list[TrialRecord]:
@@ -164,3 +168,7 @@ def _reason(trial: Any) -> str:
     # Ray wraps the cause: what was raised stands in the last line, the kind of death in the first.
     text = lines[-1] if "Error" in lines[-1] else lines[0]
     return text[:500]
+
+
+def _nobody(event: Event) -> None:
+    """Watches in place of whoever watched the process that pickled a recorder."""

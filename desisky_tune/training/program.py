@@ -34,10 +34,11 @@ from desisky_tune.training.arrays import (
     curve_of,
     training_arrays,
 )
+from desisky_tune.training.lean import LeanStepper
 from desisky_tune.training.losses import named_loss
 from desisky_tune.training.names import SELECTIONS
 from desisky_tune.training.shuffle import epoch_order
-from desisky_tune.training.steps import GenericStepper, LeanStepper, Stepper, trainable
+from desisky_tune.training.steps import GenericStepper, Stepper, trainable
 
 __all__ = [
     "Curve",

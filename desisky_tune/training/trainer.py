@@ -23,6 +23,7 @@ from desisky_tune.training.batches import (
     refuse_one_shot,
 )
 from desisky_tune.training.config import TrainingConfig, TrainingHistory
+from desisky_tune.training.lean import LeanStepper
 from desisky_tune.training.loop import BatchTraining, CompiledTraining, Training, rows_of
 from desisky_tune.training.program import (
     Curve,
@@ -32,7 +33,6 @@ from desisky_tune.training.program import (
     training_arrays,
 )
 from desisky_tune.training.scaling import Scaling, fold, is_raw_space, mark_raw_space, unfold
-from desisky_tune.training.steps import LeanStepper
 
 #: A training is advanced in pieces of about this long, between which Ctrl-C is heard.
 CHUNK_SECONDS = 0.5
