@@ -92,6 +92,9 @@ def ray_session(
     try:
         if address is None:
             ray.init(
+                # Not without an address: Ray would follow RAY_ADDRESS, or join a Ray that it
+                # finds on this machine.
+                address="local",
                 num_cpus=num_cpus,
                 num_gpus=num_gpus,
                 include_dashboard=dashboard,
@@ -119,8 +122,8 @@ def _refuse_silence(address: str) -> None:
     """
     if address == "auto":
         return
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not (colon and host and port.isdigit()):
+    host, colon, port = address.rpartition(":")
+    if not (colon and host and port.isdigit()) or "://" in address:
         raise InputError(f"address {address!r}: must be 'auto' or HOST:PORT")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()

@@ -360,7 +360,7 @@ def test_a_terminal_shows_done_best_left_and_running() -> None:
         bar.refresh()
         shown = screen.getvalue()
         assert "trial 4 FAIL: the RMSE was not finite" in shown
-        assert "2/4" in shown
+        assert "3/4" in shown
         assert "best RMSE 0.4000 mag (trial 1)" in shown
         assert "left" in shown
         assert "trial 3 at epoch 10" in shown

@@ -47,10 +47,12 @@ def test_a_run_opens_by_its_search_json(tmp_path: Path) -> None:
         RunFolder.open(tmp_path)
     folder = RunFolder.create(tmp_path, "quick", exact=True)
     folder.write_search({"name": "quick"})
-    assert RunFolder.open(folder.path).read_search() == {"schema": 1, "name": "quick"}
+    content = {"spec": {}, "data": {}, "split": {}}
+    folder.write_search(content)
+    assert RunFolder.open(folder.path).read_search() == {"schema": 1, **content}
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"schema": 2}', "{"])
+@pytest.mark.parametrize("content", ["", "[]", '{"schema": 2}', "{", '{"schema": 1, "spec": {}}'])
 def test_another_schema_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "search.json").write_text(content)
     with pytest.raises(RunError, match=r"search\.json"):
@@ -64,3 +66,23 @@ def test_started_trials_survive_a_torn_line(tmp_path: Path) -> None:
         stream.write(json.dumps({"number": 1, "configuration": {"width": 16}}).encode()[:20])
     folder.note_started(2, {"width": 32})
     assert folder.read_started() == {0: {"width": 8}, 2: {"width": 32}}
+
+
+def test_a_search_that_was_killed_at_its_start_leaves_its_name_free(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "mine", exact=True)
+    with folder.lock():
+        folder.features.write_bytes(b"table")
+    assert RunFolder.create(tmp_path, "mine", exact=True) == folder
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "mine", exact=True)
+    with folder.lock(), pytest.raises(RunError, match="in use"), folder.lock():
+        pass
+    with folder.lock():
+        pass
+
+
+def test_a_url_is_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no URL"):
+        RunFolder.create("s3://bucket/runs", "mine", exact=True)

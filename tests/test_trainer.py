@@ -335,7 +335,7 @@ def test_a_line_every_print_every_epochs(tmp_path, capsys):
 
 def test_ctrl_c_leaves_the_best_checkpoint_and_says_where(tmp_path, capsys):
     def interrupt(model, history, epoch):
-        if epoch == 4:
+        if epoch >= 4:  # one that meets a finaliser is lost, as any Ctrl-C there
             _thread.interrupt_main()
 
     train, test = loaders()

@@ -100,6 +100,7 @@ class FakeBackend:
             test_loss=best,
             seconds=epochs * seconds_per_epoch(trial.configuration),
             curve={name: curve[name] for name in CURVE_SERIES},
+            objectives=values,
         )
 
     def release(self, trial: Assignment) -> None:
@@ -236,7 +237,7 @@ class VirtualSearch:
             self.recorder.on_trial_error(0, [], trial)
             return False
         trial.epochs = progress.epochs
-        result = progress.as_result()
+        result = progress.as_result(rungs(self.spec))
         flat = flatten_dict(result)
         self.reports.append((number, progress.epochs, progress.objective))
         if progress.failed or progress.epochs >= self.spec.training.epochs:

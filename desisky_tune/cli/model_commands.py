@@ -263,14 +263,10 @@ def _load(checkpoint: str) -> Predictor:
 
 def _run_data(run: Path) -> tuple[FeatureTable, Split]:
     """Return the exposures and the split of a run."""
-    from desisky_tune.data.splits import Split
-    from desisky_tune.search.folder import RunFolder
-    from desisky_tune.search.run import read_table_of
+    from desisky_tune.search.origin import open_run
 
-    folder = RunFolder.open(run)
-    content = folder.read_search()
-    features = read_table_of(folder, content)
-    return features, Split.from_exposures(content["split"], features.frame)
+    opened = open_run(run)
+    return opened.table, opened.split
 
 
 def _chosen(part: str, split: Split | None, checkpoint: str) -> np.ndarray | None:

@@ -158,8 +158,10 @@ def disc_overlap(separation: ArrayLike, radius_a: ArrayLike, radius_b: ArrayLike
         *(np.asarray(value, dtype=np.float64) for value in (separation, radius_a, radius_b))
     )
     smaller = np.minimum(a, b)
-    area = np.where(d <= np.abs(a - b), np.pi * smaller**2, 0.0)
-    crossing = (d > np.abs(a - b)) & (d < a + b)
+    # Centres closer than rounding can tell: the formula below would divide by nothing.
+    inside = (d <= np.abs(a - b)) | (d <= 1e-12 * smaller)
+    area = np.where(inside, np.pi * smaller**2, 0.0)
+    crossing = ~inside & (d < a + b)
     if crossing.any():
         d, a, b = d[crossing], a[crossing], b[crossing]
         half_a = np.arccos(np.clip((d**2 + a**2 - b**2) / (2 * d * a), -1.0, 1.0))

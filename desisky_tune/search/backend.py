@@ -9,7 +9,7 @@ many trials can stand in for one another.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -58,6 +58,8 @@ class Progress:
         Time spent training this trial so far.
     curve
         Every epoch so far, by name of series (`CURVE_SERIES`).
+    objectives
+        The RMSE of every epoch so far (mag), the mean of the bands.
     reason
         Why the trial cannot go on; None while all is well.
     """
@@ -70,6 +72,7 @@ class Progress:
     test_loss: float
     seconds: float
     curve: Mapping[str, list[float]] = field(default_factory=dict)
+    objectives: Sequence[float] = ()
     reason: str | None = None
 
     @property
@@ -77,8 +80,16 @@ class Progress:
         """True when the numbers of this trial can no longer be used."""
         return self.reason is not None or not math.isfinite(self.objective)
 
-    def as_result(self) -> dict[str, Any]:
-        """The metrics as Ray Tune carries them."""
+    def objectives_at(self, rungs: Sequence[int]) -> dict[int, float]:
+        """Return the lowest RMSE up to each of `rungs` (epochs) that was reached in good order."""
+        whole = next(
+            (at for at, value in enumerate(self.objectives) if not math.isfinite(value)),
+            len(self.objectives),
+        )
+        return {rung: min(self.objectives[:rung]) for rung in rungs if rung <= whole}
+
+    def as_result(self, rungs: Sequence[int] = ()) -> dict[str, Any]:
+        """The metrics as Ray Tune carries them, with the objective at each rung reached."""
         return {
             "epochs": self.epochs,
             "objective": self.objective,
@@ -88,6 +99,7 @@ class Progress:
             "test_loss": self.test_loss,
             "seconds": self.seconds,
             "curve": dict(self.curve),
+            "rungs": self.objectives_at(rungs),
             "reason": self.reason,
         }
 
@@ -98,8 +110,8 @@ class Backend(Protocol):
     def advance(self, trial: Assignment, epochs: int) -> Progress:
         """Take a trial to `epochs` epochs in total, from wherever it stands.
 
-        Asking again for epochs that are already done trains nothing and gives the
-        same answer, so that a caller that was interrupted may ask twice.
+        Asking for epochs that are already done trains nothing: the answer is where the
+        trial stands, which is further where an earlier process has taken it further.
         """
         ...
 

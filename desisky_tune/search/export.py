@@ -106,21 +106,17 @@ def trial_record(folder: RunFolder, trial: int | None) -> TrialRecord:
 
 def _write_missing(folder: RunFolder, record: TrialRecord) -> None:
     """Make the checkpoint of a trial whose process was killed before it could."""
-    from desisky_tune.data.splits import Split
     from desisky_tune.search.backend import Assignment
     from desisky_tune.search.local import LocalBackend, SearchArrays, state_path
-    from desisky_tune.search.origin import checkpoint_header, read_table_of
-    from desisky_tune.search.space import spec_from_dict
+    from desisky_tune.search.origin import checkpoint_header, open_run
 
     if not state_path(folder.trials, record.number).exists():
         raise RunError(f"{folder.trials}: the weights of trial {record.number} are missing")
-    content = folder.read_search()
-    spec = spec_from_dict(content["spec"], where=str(folder.search_json))
-    table = read_table_of(folder, content)
-    split = Split.from_exposures(content["split"], table.frame)
-    arrays = SearchArrays.from_table(table, split.train, split.validation, spec.data.features)
-    header = checkpoint_header(folder, spec, table, split)
-    backend = LocalBackend(arrays, spec.training, folder.trials, header)
+    run = open_run(folder.path)
+    arrays = SearchArrays.from_table(
+        run.table, run.split.train, run.split.validation, run.spec.data.features
+    )
+    backend = LocalBackend(arrays, run.spec.training, folder.trials, checkpoint_header(run))
     assignment = Assignment(record.number, record.configuration, record.seed)
     # Asking for the epochs that it has trains nothing, and brings its state into memory.
     backend.advance(assignment, record.epochs)

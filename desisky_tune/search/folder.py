@@ -16,9 +16,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,11 @@ class RunFolder:
             When the name is not allowed, taken (`exact`), or the folder cannot be made.
         """
         valid_run_name(name)
+        if "://" in str(runs):
+            raise RunError(
+                f"runs {str(runs)!r}: a folder is needed (a local one, or one that all nodes "
+                "mount); this version writes to no URL"
+            )
         root = Path(runs).expanduser().absolute()
         attempt = 1
         while True:
@@ -133,7 +140,7 @@ class RunFolder:
                 path.mkdir(parents=True)
                 return cls(path)
             except FileExistsError:
-                if path.is_dir() and not any(path.iterdir()):
+                if path.is_dir() and not cls(path)._begun():
                     return cls(path)
                 if exact:
                     raise RunError(
@@ -143,6 +150,31 @@ class RunFolder:
                 attempt += 1
             except OSError as error:
                 raise RunError(f"cannot make {path}: {error.strerror or error}") from error
+
+    def _begun(self) -> bool:
+        """Whether more stands here than a search leaves that is killed at its start."""
+        return any(
+            entry.name != ".lock" and entry.suffix != self.features.suffix
+            for entry in self.path.iterdir()
+        )
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process; the lock goes with the process.
+
+        Raises
+        ------
+        RunError
+            When another process holds it.
+        """
+        with open(self.path / ".lock", "a") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"{self.path} is in use by another process") from None
+            except OSError:
+                pass  # a file system without locks
+            yield
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -176,6 +208,9 @@ class RunFolder:
             raise RunError(
                 f"{self.search_json}: schema {schema!r} is not known; this version reads {SCHEMA}"
             )
+        missing = [key for key in ("spec", "data", "split") if key not in content]
+        if missing:
+            raise RunError(f"{self.search_json}: lacks {', '.join(missing)}")
         return content
 
     def write_search(self, content: Mapping[str, Any]) -> None:

@@ -6,7 +6,6 @@ search needs none of it.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -18,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from desisky_tune.data.columns import BANDS, FEATURES
-from desisky_tune.errors import RunError
-from desisky_tune.files import atomic_open
+from desisky_tune.errors import CheckpointError, MissingFileError
 from desisky_tune.search.backend import CURVE_SERIES, Assignment, Progress
 
 if TYPE_CHECKING:
     from desisky_tune.data.features import FeatureTable
+    from desisky_tune.search.records import TrialRecord
     from desisky_tune.search.space import TrainingSpec
     from desisky_tune.training.scaling import Scaling
 
@@ -73,6 +72,7 @@ class _Running:
     epochs: int
     seconds: float
     curve: dict[str, list[float]]
+    objectives: list[float]
 
 
 class LocalBackend:
@@ -170,6 +170,7 @@ class LocalBackend:
                 name: [*running.curve.get(name, ()), *map(float, values)]
                 for name, values in series.items()
             },
+            objectives=[*running.objectives, *map(float, curve.objective)],
         )
         if not self._progress(running).failed:
             self._save(trial, running)
@@ -190,6 +191,7 @@ class LocalBackend:
                 test_loss=nan,
                 seconds=running.seconds,
                 curve=running.curve,
+                objectives=running.objectives,
                 reason=f"training diverged: a loss was not finite in epoch {running.epochs - 1}",
             )
         return Progress(
@@ -201,36 +203,36 @@ class LocalBackend:
             test_loss=running.curve["test_loss"][best],
             seconds=running.seconds,
             curve=running.curve,
+            objectives=running.objectives,
         )
 
     def _open(self, trial: Assignment) -> _Running:
-        """Begin a trial, or take it up from the state that it left."""
-        program = self._program(trial)
-        fresh = _Running(program, program.init(trial.seed), 0, 0.0, {})
-        path = state_path(self._folder, trial.number)
-        if not path.exists():
-            return fresh
-        from desisky_tune.io.leaves import read_leaves
+        """Begin a trial, or take it up from the state that it left.
 
-        with open(path, "rb") as stream:
-            header = json.loads(stream.readline())
-            if header["trial"] != self._key(trial):
-                raise RunError(f"{path}: is the state of another configuration or other data")
-            state = read_leaves(stream, fresh.state, path)
-        return _Running(program, state, header["epochs"], header["seconds"], header["curve"])
+        A state that cannot be read, or is another configuration's, is begun anew: what
+        comes of a trial is the same either way.
+        """
+        # Weights of an unfinished trial, which an interrupt left, are not its last.
+        checkpoint_path(self._folder, trial.number).unlink(missing_ok=True)
+        program = self._program(trial)
+        path = state_path(self._folder, trial.number)
+        try:
+            state, notes = program.load_state(path)
+            if notes["trial"] == self._key(trial):
+                return _Running(program, state, **notes["progress"])
+        except (MissingFileError, CheckpointError, KeyError, TypeError):
+            pass
+        return _Running(program, program.init(trial.seed), 0, 0.0, {}, [])
 
     def _save(self, trial: Assignment, running: _Running) -> None:
-        import equinox as eqx
-
-        header = {
-            "trial": self._key(trial),
+        progress = {
             "epochs": running.epochs,
             "seconds": running.seconds,
             "curve": running.curve,
+            "objectives": running.objectives,
         }
-        with atomic_open(state_path(self._folder, trial.number), "wb") as stream:
-            stream.write(json.dumps(header, allow_nan=False).encode() + b"\n")
-            eqx.tree_serialise_leaves(stream, running.state)
+        notes = {"trial": self._key(trial), "progress": progress}
+        running.program.save_state(state_path(self._folder, trial.number), running.state, notes)
 
     def _key(self, trial: Assignment) -> dict[str, Any]:
         return {
@@ -265,11 +267,11 @@ def checkpoint_path(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.eqx"
 
 
-def sweep(folder: Path, finished: Iterable[int]) -> None:
-    """Remove the states of finished trials whose weights have been kept."""
-    for number in finished:
-        if checkpoint_path(folder, number).exists():
-            state_path(folder, number).unlink(missing_ok=True)
+def sweep(folder: Path, records: Iterable[TrialRecord]) -> None:
+    """Remove the states of finished trials: their weights have been kept, or are of no use."""
+    for record in records:
+        if record.state == "FAIL" or checkpoint_path(folder, record.number).exists():
+            state_path(folder, record.number).unlink(missing_ok=True)
 
 
 def write_checkpoint(
@@ -311,11 +313,12 @@ def write_checkpoint(
     save(path, folded, meta)
 
 
-def process_environment() -> dict[str, str]:
+def process_environment(*, gpu: bool) -> dict[str, str]:
     """What must stand in the environment of a trial's process before JAX is imported there.
 
     Compiled programs are kept in the user's cache folder: a shape that any earlier trial
-    or search has used costs a tenth of its compile.
+    or search has used costs a tenth of its compile. A trial that asked for no GPU must
+    not take one: Ray leaves all of them visible to it.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     defaults = {
@@ -323,4 +326,6 @@ def process_environment() -> dict[str, str]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
+    if not gpu:
+        defaults["JAX_PLATFORMS"] = "cpu"
     return {name: os.environ.get(name, value) for name, value in defaults.items()}

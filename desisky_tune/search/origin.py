@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from desisky_tune.data.features import FeatureTable, fingerprint
@@ -12,12 +14,27 @@ from desisky_tune.errors import RunError
 from desisky_tune.files import atomic_path
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.samplers import sampler_settings
-from desisky_tune.search.space import SearchSpec, resolved_dict
+from desisky_tune.search.space import SearchSpec, resolved_dict, spec_from_dict
 from desisky_tune.search.versions import versions
 
+#: Rows up to which a checkpoint's header lists the exposures of the split; beyond, it says
+#: how they were drawn.
+MAX_LISTED = 10_000
 
-def write_run(folder: RunFolder, spec: SearchSpec, table: FeatureTable, split: Split) -> None:
+
+@dataclass(frozen=True)
+class SearchRun:
+    """A run: its folder, what is searched, and on which rows."""
+
+    folder: RunFolder
+    spec: SearchSpec
+    table: FeatureTable
+    split: Split
+
+
+def write_run(run: SearchRun) -> None:
     """Write the feature table and `search.json` of a new run."""
+    folder, spec, table, split = run.folder, run.spec, run.table, run.split
     with atomic_path(folder.features) as temporary:
         table.frame.to_parquet(temporary)
     folder.write_search(
@@ -69,18 +86,41 @@ def read_table_of(folder: RunFolder, content: Mapping[str, Any]) -> FeatureTable
     return FeatureTable(frame, provenance)
 
 
-def checkpoint_header(
-    folder: RunFolder, spec: SearchSpec, table: FeatureTable, split: Split
-) -> dict[str, Any]:
+def open_run(path: str | Path) -> SearchRun:
+    """Open a run that exists.
+
+    Raises
+    ------
+    RunError
+        When there is none at `path`, or files of it were changed or lost.
+    """
+    folder = RunFolder.open(path)
+    content = folder.read_search()
+    table = read_table_of(folder, content)
+    return SearchRun(
+        folder,
+        spec_from_dict(content["spec"], where=str(folder.search_json)),
+        table,
+        Split.from_exposures(content["split"], table.frame),
+    )
+
+
+def checkpoint_header(run: SearchRun) -> dict[str, Any]:
     """What the header of every trial's checkpoint says of its origin."""
+    spec, split, provenance = run.spec, run.split, run.table.provenance
+    if len(run.table.frame) <= MAX_LISTED:
+        drawn = split.as_exposures(run.table.frame)
+    else:
+        drawn = {"by": split.by, "seed": split.seed, "fractions": list(split.fractions)}
     return {
-        "search": {"name": folder.name, "sampler": spec.search.sampler, "seed": spec.search.seed},
+        "search": {"name": run.folder.name, "sampler": spec.search.sampler}
+        | {"seed": spec.search.seed},
         "data": {
-            key: table.provenance[key]
+            key: provenance[key]
             for key in ("source", "subset", "eclipse", "v_derived", "fingerprint")
-            if key in table.provenance
+            if key in provenance
         },
-        "split": split.as_exposures(table.frame),
+        "split": drawn,
         "seed": spec.training.seed,
         "versions": versions(),
     }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from ray.tune import Callback, Stopper
 
+from desisky_tune.errors import StorageError
 from desisky_tune.search.events import Event, EventSink, TrialFinished, TrialReported
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.local import sweep
@@ -58,7 +60,6 @@ class Recorder(Callback):
         self._records = {record.number: record for record in known}
         self._started = set(folder.read_started()) | set(self._records)
         self._clock: dict[int, float] = {}
-        self._rungs: dict[int, dict[int, float]] = {}
         self._total = total
         self._max_epochs = max_epochs
         self._max_deaths = max_deaths
@@ -68,6 +69,8 @@ class Recorder(Callback):
         self.failures_in_a_row = 0
         #: Numbers of the trials whose process died and that may be tried once more.
         self.died: set[int] = set()
+        #: Why nothing more can be written, which ends the session; None while all is well.
+        self.broken: StorageError | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the watcher: Ray Tune pickles its callbacks to disk."""
@@ -78,13 +81,20 @@ class Recorder(Callback):
         """All finished trials, by number."""
         return [self._records[number] for number in sorted(self._records)]
 
+    @property
+    def gives_up(self) -> bool:
+        """Whether trials failed one after another, and none has given a figure."""
+        good = any(record.state != "FAIL" for record in self._records.values())
+        return not good and self.failures_in_a_row >= FAILURES_IN_A_ROW
+
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Write down that a trial was handed out, before its first epoch."""
         number, configuration = _identity(trial)
         self._clock.setdefault(number, time.time())
         if number not in self._started:
             self._started.add(number)
-            self._folder.note_started(number, configuration)
+            with self._keeping_faults():
+                self._folder.note_started(number, configuration)
 
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
@@ -92,9 +102,7 @@ class Recorder(Callback):
         """Pass a report on."""
         number, _ = _identity(trial)
         if result.get("reason") is None:
-            epochs, objective = int(result["epochs"]), float(result["objective"])
-            self._rungs.setdefault(number, {})[epochs] = objective
-            self._emit(TrialReported(number, epochs, objective))
+            self._emit(TrialReported(number, int(result["epochs"]), float(result["objective"])))
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Record a trial that ended by itself or was pruned."""
@@ -111,10 +119,22 @@ class Recorder(Callback):
         """
         number, _ = _identity(trial)
         self._deaths[number] += 1
-        if self._deaths[number] <= self._max_deaths:
+        reason = _reason(trial)
+        if "StorageError: " in reason:
+            # Not this trial's fault, and the next one would meet it too.
+            self.broken = self.broken or StorageError(reason.split("StorageError: ", 1)[1])
+        elif self._deaths[number] <= self._max_deaths:
             self.died.add(number)
         else:
-            self._record(trial, trial.last_result or {}, reason=_reason(trial))
+            self._record(trial, trial.last_result or {}, reason=reason)
+
+    @contextmanager
+    def _keeping_faults(self) -> Iterator[None]:
+        """Keep a fault of the storage for who runs the session: Ray Tune would swallow it."""
+        try:
+            yield
+        except StorageError as fault:
+            self.broken = self.broken or fault
 
     def _record(self, trial: Any, result: Mapping[str, Any], *, reason: str | None) -> None:
         number, configuration = _identity(trial)
@@ -129,11 +149,13 @@ class Recorder(Callback):
             seed=self._seed,
             started=self._clock.get(number, time.time()),
             ended=time.time(),
-            rungs=self._rungs.pop(number, {}),
         )
-        self._ledger.append(record)
+        with self._keeping_faults():
+            self._ledger.append(record)
+        if self.broken is not None:
+            return
         self._records[number] = record
-        sweep(self._folder.trials, self._records)
+        sweep(self._folder.trials, self._records.values())
         self.failures_in_a_row = self.failures_in_a_row + 1 if record.state == "FAIL" else 0
         self._emit(
             TrialFinished(record, len(self._records), self._total, best_record(self.records))
@@ -141,7 +163,7 @@ class Recorder(Callback):
 
 
 class GiveUp(Stopper):
-    """Ends a search when trials fail one after another."""
+    """Ends a session in which nothing can come of the rest."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -151,8 +173,8 @@ class GiveUp(Stopper):
         return False
 
     def stop_all(self) -> bool:
-        """Stop everything after `FAILURES_IN_A_ROW` failures without a success between."""
-        return self._recorder.failures_in_a_row >= FAILURES_IN_A_ROW
+        """Stop everything when the recorder gives up, or can write no more."""
+        return self._recorder.gives_up or self._recorder.broken is not None
 
 
 def _identity(trial: Any) -> tuple[int, dict[str, Any]]:

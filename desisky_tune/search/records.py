@@ -115,7 +115,7 @@ def finish(
     seed, started, ended
         For the record.
     rungs
-        Objective at the rungs reported before `result`, by epochs.
+        Objective at rungs that `result` does not hold, by epochs.
 
     Returns
     -------
@@ -126,10 +126,11 @@ def finish(
     result = result or {}
     epochs = int(result.get("epochs") or 0)
     objective = _number(result.get("objective"))
-    rmse = {band: _number(value) for band, value in _mapping(result, "rmse").items()}
+    rmse = {band: _number(value) for band, value in nested(result, "rmse").items()}
     seconds = _number(result.get("seconds"))
     reason = reason or result.get("reason") or _not_usable(epochs, objective, rmse)
-    reached = {int(at): float(value) for at, value in (rungs or {}).items() if math.isfinite(value)}
+    told: dict[Any, Any] = {**nested(result, "rungs"), **(rungs or {})}
+    reached = {int(at): float(told[at]) for at in told if math.isfinite(told[at])}
     if reason is None:
         assert objective is not None
         reached[epochs] = objective
@@ -149,7 +150,7 @@ def finish(
         rungs=dict(sorted(reached.items())),
         curve={
             name: [float(value) for value in series]
-            for name, series in _mapping(result, "curve").items()
+            for name, series in nested(result, "curve").items()
         },
     )
 
@@ -203,7 +204,12 @@ class Ledger:
                     stream.truncate(whole)
         if record.number in self._numbers:
             return False
-        append_line(self.path, record_to_json(record))
+        try:
+            append_line(self.path, record_to_json(record))
+        except BaseException:
+            # Part of the line may stand there: the next append looks, and cuts it off.
+            self._numbers = None
+            raise
         self._numbers.add(record.number)
         return True
 
@@ -299,7 +305,7 @@ def _number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def _mapping(result: Mapping[str, Any], name: str) -> dict[str, Any]:
+def nested(result: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return the dictionary `name` of a result, flattened (``name/key``) or not."""
     found = result.get(name)
     if isinstance(found, Mapping):

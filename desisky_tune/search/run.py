@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from desisky_tune.data.features import FeatureTable, load_features, source_path
-from desisky_tune.data.fits import has_spectra_layout
-from desisky_tune.data.splits import Split, make_split
-from desisky_tune.data.tables import is_fits
-from desisky_tune.errors import SearchError
+import numpy as np
+
+from desisky_tune.data.features import FeatureTable, load_features, needs_ray
+from desisky_tune.data.splits import make_split
+from desisky_tune.errors import DataError, SearchError
 from desisky_tune.ray_session import ray_session
 from desisky_tune.search.events import (
     DataReady,
@@ -22,7 +22,7 @@ from desisky_tune.search.events import (
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.leaderboard import leaderboard
 from desisky_tune.search.local import sweep
-from desisky_tune.search.origin import now, read_table_of, write_run
+from desisky_tune.search.origin import SearchRun, now, open_run, write_run
 from desisky_tune.search.records import (
     Ledger,
     TrialRecord,
@@ -30,7 +30,7 @@ from desisky_tune.search.records import (
     remaining_trials,
     write_tables,
 )
-from desisky_tune.search.space import SearchSpec, load_spec, spec_from_dict
+from desisky_tune.search.space import SearchSpec, load_spec
 from desisky_tune.search.winner import crown
 
 if TYPE_CHECKING:
@@ -113,15 +113,18 @@ def run_search(
     emit = on_event or _ignore
     started = time.time()
     # A table needs no Ray, so that its faults are told before one is started.
-    table = None if _made_by_ray(spec.data.source) else _features(spec)
+    table = None if needs_ray(spec.data.source) else _features(spec)
     with ray_session(address=address, dashboard=dashboard) as ray:
         table = table or _features(spec, address=address)
         split = make_split(
             table.frame, spec.split.by, fractions=spec.split.fractions, seed=spec.split.seed
         )
         folder = RunFolder.create(runs, spec.name if name is None else name, exact=name is not None)
-        write_run(folder, spec, table, split)
-        return _session(folder, spec, table, split, ray, address, emit, started)
+        run = SearchRun(folder, spec, table, split)
+        with folder.lock():
+            write_run(run)
+            _search(run, ray, emit, local=address is None)
+            return _finish(run, emit, started)
 
 
 def resume_search(
@@ -145,64 +148,46 @@ def resume_search(
     """
     emit = on_event or _ignore
     started = time.time()
-    folder = RunFolder.open(run_dir)
-    content = folder.read_search()
-    spec = spec_from_dict(content["spec"], where=str(folder.search_json))
-    table = read_table_of(folder, content)
-    split = Split.from_exposures(content["split"], table.frame)
-    if remaining_trials(spec.search.trials, Ledger(folder.ledger).records()) == 0:
-        return _finish(folder, spec, table, split, emit, started)
-    with ray_session(address=address, dashboard=dashboard) as ray:
-        return _session(folder, spec, table, split, ray, address, emit, started)
+    run = open_run(run_dir)
+    with run.folder.lock():
+        ended = "result" in run.folder.read_search()
+        records = Ledger(run.folder.ledger).records()
+        if not ended and remaining_trials(run.spec.search.trials, records):
+            with ray_session(address=address, dashboard=dashboard) as ray:
+                _search(run, ray, emit, local=address is None)
+        return _finish(run, emit, started)
 
 
-def _session(
-    folder: RunFolder,
-    spec: SearchSpec,
-    table: FeatureTable,
-    split: Split,
-    ray: Any,
-    address: str | None,
-    emit: EventSink,
-    started: float,
-) -> SearchResult:
-    """Run the trials that are still to be run, then finish."""
-    parts = {"train": split.train, "validation": split.validation, "test": split.test}
+def _search(run: SearchRun, ray: Any, emit: EventSink, *, local: bool) -> None:
+    """Run the trials that are still to be run."""
+    parts = {name: getattr(run.split, name) for name in ("train", "validation", "test")}
+    nights = run.table.frame["NIGHT"]
     emit(
         DataReady(
             rows={part: len(rows) for part, rows in parts.items()},
-            nights={
-                part: int(table.frame["NIGHT"].iloc[rows].nunique()) for part, rows in parts.items()
-            },
-            v_derived=table.v_derived,
-            provenance=dict(table.provenance),
+            nights={part: int(nights.iloc[rows].nunique()) for part, rows in parts.items()},
+            v_derived=run.table.v_derived,
+            provenance=dict(run.table.provenance),
         )
     )
     from desisky_tune.search.session import run_trials  # imports Ray, which has begun
 
-    run_trials(folder, spec, table, split, ray, emit)
-    return _finish(folder, spec, table, split, emit, started)
+    run_trials(run, ray, emit, local=local)
 
 
-def _finish(
-    folder: RunFolder,
-    spec: SearchSpec,
-    table: FeatureTable,
-    split: Split,
-    emit: EventSink,
-    started: float,
-) -> SearchResult:
+def _finish(run: SearchRun, emit: EventSink, started: float) -> SearchResult:
     """Write the tables, choose the winner, write it, measure it."""
+    folder, spec = run.folder, run.spec
     records = sorted(Ledger(folder.ledger).records(), key=lambda record: record.number)
     write_tables(records, folder.path)
-    sweep(folder.trials, [record.number for record in records])
+    sweep(folder.trials, records)
     winner = best_record(records)
     if winner is None:
         raise SearchError(
             f"no trial completed ({len(records)} ended, none of them after "
             f"{spec.training.epochs} epochs): there is no winner in {folder.path}"
         )
-    evaluation = crown(folder, winner, records, table, split)
+    evaluation = crown(run, winner, records)
     seconds = time.time() - started
     states = {
         state: sum(record.state == state for record in records)
@@ -229,19 +214,24 @@ def _finish(
     )
 
 
-def _made_by_ray(source: str) -> bool:
-    path = source_path(source)
-    return is_fits(path) and has_spectra_layout(path)
-
-
 def _features(spec: SearchSpec, address: str | None = None) -> FeatureTable:
-    return load_features(
+    """Load the rows, and see that the model's features can be learnt from."""
+    table = load_features(
         spec.data.source,
         spec.data.subset,
         eclipse=spec.data.eclipse,
         exclude_known_bad=spec.data.exclude_known_bad,
         address=address,
     )
+    inputs, _ = table.arrays(None, spec.data.features)
+    broken = (~np.isfinite(inputs)).sum(axis=0)
+    for name, count in zip(spec.data.features, broken, strict=True):
+        if count:
+            raise DataError(
+                f"data.features: {name} is no finite number in {count} of {len(inputs)} rows "
+                f"of {spec.data.source}; every feature needs a value in every row"
+            )
+    return table
 
 
 def _ignore(event: Event) -> None:

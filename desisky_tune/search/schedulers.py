@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from desisky_tune.search.records import TrialRecord
+from desisky_tune.search.records import TrialRecord, nested
 from desisky_tune.search.space import SearchSpec, rungs
 
 #: Keys of a report (`desisky_tune.search.backend.Progress.as_result`).
@@ -87,7 +87,12 @@ class RungScheduler(ASHAScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
         """Decide at a report."""
-        action = self.decide(int(trial.config["trial"]), int(result[TIME]), float(result[METRIC]))
+        number, epochs = int(trial.config["trial"]), int(result[TIME])
+        for rung, objective in nested(result, "rungs").items():
+            # A trial that an earlier process took further reports where it stands alone.
+            if int(rung) < epochs and int(rung) in self._reached:
+                self._reached[int(rung)].setdefault(number, float(objective))
+        action = self.decide(number, epochs, float(result[METRIC]))
         self._num_stopped += action == TrialScheduler.STOP
         return action
 

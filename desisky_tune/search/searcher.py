@@ -25,7 +25,7 @@ from sqlalchemy.exc import DatabaseError
 
 from desisky_tune.errors import RunError, StorageError
 from desisky_tune.files import atomic_path
-from desisky_tune.search.records import TrialRecord, finish
+from desisky_tune.search.records import TrialRecord, finish, nested
 from desisky_tune.search.samplers import make_sampler
 from desisky_tune.search.schedulers import METRIC, MODE, TIME
 from desisky_tune.search.space import SearchSpec, default_configuration
@@ -129,8 +129,11 @@ class StudySearch(OptunaSearch):
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """Keep a report as an intermediate value at its epoch."""
         number = self._numbers[trial_id]
-        epochs, objective = int(result[TIME]), float(result[METRIC])
-        self._report(number, epochs, objective)
+        told = self._reports.setdefault(number, {})
+        reached = {**nested(result, "rungs"), str(result[TIME]): result[METRIC]}
+        for epochs, objective in reached.items():
+            if int(epochs) not in told:
+                self._report(number, int(epochs), float(objective))
 
     def on_trial_complete(
         self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False

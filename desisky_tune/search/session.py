@@ -18,13 +18,10 @@ from typing import Any
 
 from ray import tune
 
-from desisky_tune.data.features import FeatureTable
-from desisky_tune.data.splits import Split
 from desisky_tune.errors import RunError, SearchError, SearchInterrupted
 from desisky_tune.search.events import EventSink, Note, SearchStarted
-from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.local import LocalBackend, SearchArrays, process_environment
-from desisky_tune.search.origin import checkpoint_header
+from desisky_tune.search.origin import SearchRun, checkpoint_header
 from desisky_tune.search.recorder import GiveUp, Recorder
 from desisky_tune.search.records import Ledger, best_record, remaining_trials
 from desisky_tune.search.schedulers import make_scheduler
@@ -41,93 +38,96 @@ TUNE_ENVIRONMENT: Mapping[str, str] = {
 }
 
 
-def run_trials(
-    folder: RunFolder,
-    spec: SearchSpec,
-    table: FeatureTable,
-    split: Split,
-    ray: Any,
-    emit: EventSink,
-) -> None:
+def run_trials(run: SearchRun, ray: Any, emit: EventSink, *, local: bool) -> None:
     """Run trials until each has a record, or until something ends the search early.
+
+    Parameters
+    ----------
+    run
+        The run; its ledger says what is done.
+    ray
+        The module, connected.
+    emit
+        Told what happens.
+    local
+        Whether Ray lives in this process: what it has not now it will never have.
 
     Raises
     ------
     SearchError
-        When every trial failed.
+        When every trial failed, or they failed one after another from the first on.
     SearchInterrupted
         On Ctrl-C, or when the time limit ended the search without a complete trial.
+    StorageError
+        When the run's files cannot be written.
     """
-    limit = spec.search.time_limit
+    spec, folder = run.spec, run.folder
+    limit, trials = spec.search.time_limit, spec.search.trials
     deadline = None if limit is None else time.monotonic() + limit
     deaths: Counter[int] = Counter()
-    again = False
+    first = True
     while True:
-        recorder = _run_session(folder, spec, table, split, ray, emit, deaths, deadline, again)
-        records, again = recorder.records, True
-        unfinished = remaining_trials(spec.search.trials, records)
-        if records and all(record.state == "FAIL" for record in records):
+        recorder = _run_session(run, ray, emit, deaths, deadline, local=local, first=first)
+        records, first = recorder.records, False
+        if recorder.broken is not None:
+            raise recorder.broken
+        failed = sum(record.state == "FAIL" for record in records)
+        unfinished = remaining_trials(trials, records)
+        if failed == len(records) and (not unfinished or recorder.gives_up):
             raise SearchError(
-                f"all {len(records)} trials failed, the first with: {records[0].reason}"
+                f"all {failed} trials that ended failed, the first with: {records[0].reason}"
             )
         if not unfinished:
             return
-        if recorder.died and len(recorder.died) == unfinished:
-            # Only trials whose process died are left, and each may be tried again.
-            emit(Note(f"{unfinished} trials are started again: their processes died"))
-            continue
-        break
+        if len(recorder.died) < unfinished:
+            break
+        # Only trials whose process died are left, and each may be tried again.
+        emit(Note(f"{unfinished} trials are started again: their processes died"))
     # Trials under way were not told to the study: it is written anew from the ledger.
     rebuild_study(folder.study, spec, records)
-    done = spec.search.trials - unfinished
+    done = trials - unfinished
     if deadline is None or time.monotonic() < deadline or best_record(records) is None:
-        raise SearchInterrupted(folder.path, done, spec.search.trials)
-    emit(
-        Note(
-            f"the time limit of {limit:g} s ended the search after {done} of "
-            f"{spec.search.trials} trials; 'desisky-tune resume' goes on"
-        )
-    )
+        raise SearchInterrupted(folder.path, done, trials)
+    emit(Note(f"the time limit of {limit:g} s ended the search after {done} of {trials} trials"))
 
 
 def _run_session(
-    folder: RunFolder,
-    spec: SearchSpec,
-    table: FeatureTable,
-    split: Split,
+    run: SearchRun,
     ray: Any,
     emit: EventSink,
     deaths: Counter[int],
     deadline: float | None,
-    again: bool,
+    *,
+    local: bool,
+    first: bool,
 ) -> Recorder:
     """Run the trials that have no record yet in one experiment of Ray Tune."""
+    spec, folder = run.spec, run.folder
     known = Ledger(folder.ledger).records()
     finished = {record.number for record in known}
     handed_out = folder.read_started()
     pending = [(n, c) for n, c in sorted(handed_out.items()) if n not in finished]
     remaining = remaining_trials(spec.search.trials, known)
     resources = {"cpu": spec.resources.cpus_per_trial, "gpu": spec.resources.gpus_per_trial}
-    concurrency = min(_concurrency(spec, ray), remaining)
+    concurrency = min(_concurrency(spec, ray, emit, local=local), remaining)
 
-    continued = bool(known or pending)
-    if continued:
-        rebuild_study(folder.study, spec, known)
+    # Also where no trial has begun: a killed driver may have left a study with one in it.
+    rebuild_study(folder.study, spec, known)
     searcher = StudySearch(spec, folder.study, workers=concurrency)
+    searcher.prime(known, pending)
     scheduler = make_scheduler(spec)
-    if continued:
-        searcher.prime(known, pending)
-        scheduler.prime(known)
+    scheduler.prime(known)
 
-    arrays = SearchArrays.from_table(table, split.train, split.validation, spec.data.features)
-    header = checkpoint_header(folder, spec, table, split)
+    arrays = SearchArrays.from_table(
+        run.table, run.split.train, run.split.validation, spec.data.features
+    )
     plan = TrialPlan(
         rungs=tuple(rungs(spec)),
         seed=spec.training.seed,
         backend=functools.partial(
-            _local_backend, ray.put(arrays), spec.training, folder.trials, header
+            _local_backend, ray.put(arrays), spec.training, folder.trials, checkpoint_header(run)
         ),
-        environment=process_environment(),
+        environment=process_environment(gpu=spec.resources.gpus_per_trial > 0),
     )
     roster = ray.remote(num_cpus=0)(Roster).remote(concurrency) if concurrency > 1 else None
     recorder = Recorder(
@@ -140,7 +140,7 @@ def _run_session(
         seed=spec.training.seed,
         emit=emit,
     )
-    if not again:
+    if first:
         emit(
             SearchStarted(
                 name=folder.name,
@@ -194,21 +194,31 @@ def _local_backend(arrays: Any, *shared: Any) -> LocalBackend:
     return LocalBackend(ray.get(arrays), *shared)
 
 
-def _concurrency(spec: SearchSpec, ray: Any) -> int:
-    """Trials at a time: what the specification says, or what the cluster holds."""
-    if spec.resources.workers is not None:
-        return spec.resources.workers
-    have = ray.cluster_resources()
-    room = [have.get("CPU", 1.0) / spec.resources.cpus_per_trial]
-    if spec.resources.gpus_per_trial:
-        room.append(have.get("GPU", 0.0) / spec.resources.gpus_per_trial)
-    if min(room) < 1:
-        raise RunError(
-            f"resources: a trial asks for {spec.resources.cpus_per_trial:g} CPU and "
-            f"{spec.resources.gpus_per_trial:g} GPU; Ray has {have.get('CPU', 0):g} CPU and "
-            f"{have.get('GPU', 0):g} GPU"
-        )
-    return int(min(room))
+def _concurrency(spec: SearchSpec, ray: Any, emit: EventSink, *, local: bool) -> int:
+    """Trials at a time: what the specification says, or what the cluster holds.
+
+    Raises
+    ------
+    RunError
+        When not one trial fits, and nothing can come that it would fit on.
+    """
+    asked, have = spec.resources, ray.cluster_resources()
+    room = have.get("CPU", 0.0) / asked.cpus_per_trial
+    if asked.gpus_per_trial:
+        room = min(room, have.get("GPU", 0.0) / asked.gpus_per_trial)
+    needs = (
+        f"a trial asks for {asked.cpus_per_trial:g} CPU and {asked.gpus_per_trial:g} GPU; "
+        f"Ray has {have.get('CPU', 0):g} CPU and {have.get('GPU', 0):g} GPU"
+    )
+    if room < 1 and (local or asked.workers is None):
+        raise RunError(f"resources: {needs}")
+    if asked.workers is None:
+        return int(room)
+    if asked.workers > room:
+        emit(Note(f"{asked.workers} workers were asked for: {needs}"))
+        if local:
+            return int(room)
+    return asked.workers
 
 
 def _dashboard_url(ray: Any) -> str | None:

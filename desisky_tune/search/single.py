@@ -16,7 +16,8 @@ from desisky_tune.errors import SearchError
 from desisky_tune.search.backend import Assignment, Progress
 from desisky_tune.search.export import trial_record, write_in_reference_order
 from desisky_tune.search.folder import RunFolder
-from desisky_tune.search.space import SearchSpec, spec_from_dict
+from desisky_tune.search.origin import SearchRun, checkpoint_header, open_run
+from desisky_tune.search.space import SearchSpec, resolved_dict, spec_from_dict
 
 if TYPE_CHECKING:
     from desisky_tune.data.features import FeatureTable
@@ -110,21 +111,16 @@ def repeated_training(
     InputError
         When there is no such run or trial, or a value breaks a rule.
     """
-    from desisky_tune.data.splits import Split
-    from desisky_tune.search.origin import read_table_of
-
-    folder = RunFolder.open(run_dir)
-    content = folder.read_search()
+    run = open_run(run_dir)
+    folder = run.folder
     record = trial_record(folder, trial)
-    sections = dict(content["spec"])
+    sections = resolved_dict(run.spec)
     seed = (training or {}).get("seed", record.seed)
     sections["training"] = {**sections["training"], **(training or {}), "seed": seed}
     sections["space"] = {**record.configuration, **(space or {})}
     spec = spec_from_dict(sections, where="train")
-    table = read_table_of(folder, content)
-    split = Split.from_exposures(content["split"], table.frame)
     origin = {"run": folder.name, "trial": record.number}
-    return SingleTraining(spec, spec.fixed_configuration(), seed, table, split, origin)
+    return SingleTraining(spec, spec.fixed_configuration(), seed, run.table, run.split, origin)
 
 
 def train_single(
@@ -157,7 +153,7 @@ def train_single(
     SearchError
         When the training diverged; nothing is written then.
     TrainingInterrupted
-        On Ctrl-C after the first `every` epochs; the best weights so far are written.
+        On Ctrl-C after the first ten epochs; the best weights so far are written.
     """
     from desisky_tune.search.local import LocalBackend, SearchArrays
 
@@ -171,11 +167,12 @@ def train_single(
         folder = Path(scratch)
         backend = LocalBackend(arrays, plan.spec.training, folder, _header(plan))
         try:
-            for epochs in _stops(plan.spec.training.epochs, every):
+            last = plan.spec.training.epochs
+            for epochs in _stops(last, every):
                 progress = backend.advance(assignment, epochs)
                 if progress.failed:
                     raise SearchError(f"training failed: {progress.reason}")
-                if on_progress is not None:
+                if on_progress is not None and (epochs % every == 0 or epochs == last):
                     on_progress(progress)
         except KeyboardInterrupt:
             if progress is None:
@@ -188,13 +185,14 @@ def train_single(
 
 
 def _stops(epochs: int, every: int) -> list[int]:
-    return [*range(every, epochs, every), epochs]
+    """Return where Ctrl-C is seen: every tenth epoch, and at each report."""
+    return sorted({*range(10, epochs, 10), *range(every, epochs, every), epochs})
 
 
 def _header(plan: SingleTraining) -> dict[str, Any]:
-    from desisky_tune.search.origin import checkpoint_header
-
-    header = checkpoint_header(RunFolder(Path("train")), plan.spec, plan.table, plan.split)
+    header = checkpoint_header(
+        SearchRun(RunFolder(Path("train")), plan.spec, plan.table, plan.split)
+    )
     return {**header, "seed": plan.seed}
 
 

@@ -96,11 +96,14 @@ class SearchTrial(tune.Trainable):
         """Take the trial to its next rung.
 
         An exception in the backend ends this trial, with the reason in its result,
-        and not the process: the same configuration would raise again.
+        and not the process: the same configuration would raise again. A fault of the
+        machine (a full disk) is none of the trial's: it is raised.
         """
         target = next(rung for rung in self._plan.rungs if rung > self._epochs)
         try:
             progress = self._backend.advance(self._assignment, target)
+        except OSError:
+            raise
         except Exception as error:
             progress = _stopped_by(error, self._epochs)
         if self._roster is not None:
@@ -110,7 +113,7 @@ class SearchTrial(tune.Trainable):
             self._roster = None
         self._epochs = progress.epochs
         done = progress.failed or progress.epochs >= self._plan.rungs[-1]
-        return {**progress.as_result(), "seed": self._plan.seed, "done": done}
+        return {**progress.as_result(self._plan.rungs), "seed": self._plan.seed, "done": done}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Release the trial that was, and begin the next in the same process."""

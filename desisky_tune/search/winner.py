@@ -1,13 +1,12 @@
 """The winner: chosen on the validation rows, written, read back, measured.
 
 This is the only place that reads the test rows, and it reads them once: after the
-winner's file stands. What was measured is kept in `evaluation.json`, so that a run
-that is resumed after its end reads them no second time. Only where a time limit ended a
-search, and its resume found another winner, are they read again; `test_rows_read` counts.
+winner's file stands. What was measured is kept in `evaluation.json`; a run that is
+resumed after its end reads them no second time.
 
 An evaluation is a JSON object::
 
-    {"winner": 17, "test_rows_read": 1, "v_derived": true,
+    {"winner": 17, "v_derived": true,
      "rows": {"train": .., "validation": .., "test": ..}, "nights": {...},
      "figures": {"winner" | "default" | "classical" | "constant":
        {"validation" | "test": {"V": .., "g": .., "r": .., "z": .., "mean": .., "mean_grz": ..}}}}
@@ -28,7 +27,8 @@ from desisky_tune.errors import SearchError
 from desisky_tune.inference import Predictor
 from desisky_tune.models.classical import ClassicalModel, ConstantModel
 from desisky_tune.search.export import export_trial
-from desisky_tune.search.folder import RunFolder, write_json
+from desisky_tune.search.folder import write_json
+from desisky_tune.search.space import default_configuration
 from desisky_tune.training.metrics import band_rmse
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from desisky_tune.data.features import FeatureTable
     from desisky_tune.data.splits import Split
+    from desisky_tune.search.origin import SearchRun
     from desisky_tune.search.records import TrialRecord
 
 #: How far the RMSE of the file that was read back may lie from the trial's own (mag):
@@ -45,13 +46,7 @@ FOLDING_TOLERANCE = 2e-3
 Predict = Callable[["pd.DataFrame"], np.ndarray]
 
 
-def crown(
-    folder: RunFolder,
-    winner: TrialRecord,
-    records: list[TrialRecord],
-    table: FeatureTable,
-    split: Split,
-) -> dict[str, Any]:
+def crown(run: SearchRun, winner: TrialRecord, records: list[TrialRecord]) -> dict[str, Any]:
     """Write the winner's checkpoint, read it back, and measure it and the baselines.
 
     Returns
@@ -64,11 +59,13 @@ def crown(
     SearchError
         When the file read back does not give the figures that the trial reported.
     """
+    folder, table, split = run.folder, run.table, run.split
     known = json.loads(folder.evaluation.read_text()) if folder.evaluation.exists() else {}
-    if known.get("winner") == winner.number and folder.best.exists():
+    if known.get("winner") != winner.number or not folder.best.exists():
+        export_trial(folder.path, folder.best, trial=winner.number)
+    if known.get("winner") == winner.number:
         return dict(known)
-    export_trial(folder.path, folder.best, trial=winner.number)
-    models = _models(folder, records, table, split)
+    models = _models(run, records)
     figures: dict[str, dict[str, Any]] = {
         name: {"validation": _figures(model, table, split.validation)}
         for name, model in models.items()
@@ -84,7 +81,6 @@ def crown(
     nights = table.frame["NIGHT"]
     evaluation = {
         "winner": winner.number,
-        "test_rows_read": known.get("test_rows_read", 0) + 1,
         "checkpoint": str(folder.best.relative_to(folder.path)),
         "v_derived": table.v_derived,
         "rows": {part: len(rows) for part, rows in parts.items()},
@@ -106,18 +102,19 @@ def _measure_on_test(
         figures[name]["test"] = _figures(model, table, split.test)
 
 
-def _models(
-    folder: RunFolder, records: list[TrialRecord], table: FeatureTable, split: Split
-) -> dict[str, Predict]:
+def _models(run: SearchRun, records: list[TrialRecord]) -> dict[str, Predict]:
     """The winner and what it is held against, fitted on the training rows alone."""
-    train = table.frame.iloc[split.train]
+    folder = run.folder
+    train = run.table.frame.iloc[run.split.train]
     targets = _targets(train)
     models: dict[str, Predict] = {"winner": Predictor.load(folder.best).predict}
-    default = next((r for r in records if r.number == 0 and r.state == "COMPLETE"), None)
-    if default is not None:
-        path = folder.trials / "default.eqx"
-        export_trial(folder.path, path, trial=0)
-        models["default"] = Predictor.load(path).predict
+    documented = default_configuration()
+    for record in records:
+        if record.state == "COMPLETE" and record.configuration == documented:
+            path = folder.trials / "default.eqx"
+            export_trial(folder.path, path, trial=record.number)
+            models["default"] = Predictor.load(path).predict
+            break
     models["classical"] = ClassicalModel.fit(train, targets).predict
     models["constant"] = ConstantModel.fit(train, targets).predict
     return models

@@ -12,7 +12,7 @@ times by 20 epochs, or once by 500, or through a file in between, gives the same
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -201,14 +201,29 @@ class Program:
         """Return the model of the last epoch, in its own space."""
         return eqx.combine(self._unpack(state.parameters), self._skeleton)
 
-    def save_state(self, path: str | os.PathLike[str], state: TrainState) -> None:
-        """Write a state to a file, atomically; see `desisky_tune.training.state_file`."""
+    def save_state(
+        self,
+        path: str | os.PathLike[str],
+        state: TrainState,
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write a state to a file, atomically; see `desisky_tune.training.state_file`.
+
+        Parameters
+        ----------
+        path
+            The file.
+        state
+            Of this program.
+        notes
+            What else is to come back with it; JSON can hold it.
+        """
         from desisky_tune.training.state_file import write_state
 
-        write_state(path, state)
+        write_state(path, state, notes)
 
-    def load_state(self, path: str | os.PathLike[str]) -> TrainState:
-        """Read a state of this program back; the training goes on bit for bit.
+    def load_state(self, path: str | os.PathLike[str]) -> tuple[TrainState, dict[str, Any]]:
+        """Read a state of this program and its notes back; the training goes on bit for bit.
 
         Raises
         ------

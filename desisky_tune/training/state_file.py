@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
@@ -17,10 +18,14 @@ if TYPE_CHECKING:
 
 _KIND = "desisky_tune training state"
 _SCHEMA = 1
+#: Bytes of the first line: notes may hold the curves of a million epochs.
+_LONGEST_HEADER = 1 << 28
 
 
-def write_state(path: str | os.PathLike[str], state: TrainState) -> None:
-    """Write a state atomically.
+def write_state(
+    path: str | os.PathLike[str], state: TrainState, notes: Mapping[str, Any] | None = None
+) -> None:
+    """Write a state atomically, with whatever else JSON can hold.
 
     Raises
     ------
@@ -32,14 +37,15 @@ def write_state(path: str | os.PathLike[str], state: TrainState) -> None:
         "schema": _SCHEMA,
         "epoch": int(state.epoch),
         "leaves": _leaves(state),
+        "notes": dict(notes or {}),
     }
     with atomic_open(path, "wb") as stream:
-        stream.write(json.dumps(header).encode() + b"\n")
+        stream.write(json.dumps(header, allow_nan=False).encode() + b"\n")
         eqx.tree_serialise_leaves(stream, state)
 
 
-def read_state(path: str | os.PathLike[str], like: Any) -> TrainState:
-    """Read a state with the shapes of `like`.
+def read_state(path: str | os.PathLike[str], like: Any) -> tuple[TrainState, dict[str, Any]]:
+    """Read a state with the shapes of `like`, and the notes that were written with it.
 
     Raises
     ------
@@ -54,7 +60,7 @@ def read_state(path: str | os.PathLike[str], like: Any) -> TrainState:
         raise MissingFileError(f"{path}: no such training state") from None
     with stream:
         try:
-            header = json.loads(stream.readline(1 << 20))
+            header = json.loads(stream.readline(_LONGEST_HEADER))
         except ValueError:
             header = None
         if not isinstance(header, dict) or header.get("kind") != _KIND:
@@ -75,7 +81,7 @@ def read_state(path: str | os.PathLike[str], like: Any) -> TrainState:
             raise CheckpointError(f"{path}: training state is truncated or damaged") from error
         if stream.read(1):
             raise CheckpointError(f"{path}: training state is followed by further bytes")
-    return state
+    return state, dict(header.get("notes") or {})
 
 
 def _leaves(tree: Any) -> list[str]:
