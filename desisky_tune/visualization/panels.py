@@ -73,6 +73,8 @@ def save_panel(figure: Figure, folder: Path, name: str) -> str:
     # Letters stay letters: small files, and text that can be searched and selected.
     with mpl.rc_context({"svg.fonttype": "none"}):
         save_figure(figure, folder / f"{name}.png")
+        # Laid out once: finding the places takes longer than drawing.
+        figure.set_layout_engine("none")
         save_figure(figure, folder / f"{name}.svg")
     return inline_svg((folder / f"{name}.svg").read_text(encoding="utf-8"), name)
 

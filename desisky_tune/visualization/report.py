@@ -161,8 +161,8 @@ def _figures(
     if len(best) > 1 and searched:
         yield (
             "search", "parallel-coordinates",
-            "Complete trials as lines through their hyperparameters; darker is better, "
-            "black is the winner.",
+            "Complete trials as lines through their hyperparameters: the winner bold, the best "
+            "quarter in orange.",
             lambda: of_search.plot_parallel_coordinates(records, space),
         )  # fmt: skip
     found = importances(run.spec, records)

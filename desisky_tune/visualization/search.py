@@ -31,7 +31,7 @@ HYPERPARAMETERS: Mapping[str, str] = {
 RMSE = "Validation RMSE [mag]"
 
 #: Objectives that span more than this factor are drawn on a logarithmic axis.
-_LOGARITHMIC_BEYOND = 4.0
+_LOGARITHMIC_BEYOND = 2.0
 #: Colours of the best trials' curves, the winner first.
 _CURVES = (INK, "#0072b2", "#d55e00", "#009e73", "#882255")
 
@@ -62,8 +62,8 @@ def plot_history(records: Sequence[TrialRecord]) -> Figure:
 def plot_parallel_coordinates(records: Sequence[TrialRecord], space: Space) -> Figure:
     """Draw each complete trial as a line through its hyperparameters and its objective.
 
-    The axes lie above one another, the largest value to the right; a line is the darker,
-    the lower its RMSE.
+    The axes lie above one another, the largest value to the right. The winner is bold, the
+    best quarter coloured.
 
     Parameters
     ----------
@@ -80,27 +80,26 @@ def plot_parallel_coordinates(records: Sequence[TrialRecord], space: Space) -> F
     ]
     rows.append(_unit(objectives, {}))
     places = np.array([row[0] for row in rows])
-    order = np.argsort(-objectives)
-    shade = mpl.colormaps["viridis"]
-    ranks = np.empty(len(order))
-    ranks[order] = np.linspace(1, 0, len(order)) if len(order) > 1 else 0
+    order = np.argsort(-objectives, kind="stable")
+    leading = set(order[-max(len(order) // 4, 1) :].tolist())
     with panel(0.62 * len(rows) + 0.4) as figure:
         axes = figure.subplots()
         levels = np.arange(len(rows))[::-1]
         for index in order:
             best = index == order[-1]
-            colour = INK if best else shade(0.9 * ranks[index])
+            colour = INK if best else BAND_COLOURS["r"] if index in leading else GUIDE
             axes.plot(
                 places[:, index],
                 levels,
                 color=colour,
                 linewidth=2.2 if best else 0.9,
-                alpha=1.0 if best else 0.75,
+                alpha=1.0 if best else 0.8,
             )
+        backed: Any = {"bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1.0}}
         titles = [*(HYPERPARAMETERS.get(name, name) for name in names), RMSE]
         for level, title, (_, low, high) in zip(levels, titles, rows, strict=True):
-            axes.axhline(level, color=GUIDE, linewidth=0.8, zorder=0)
-            axes.text(0.5, level + 0.1, title, ha="center", va="bottom", fontsize=8.5)
+            axes.text(0.5, level + 0.1, title, ha="center", va="bottom", fontsize=8.5, **backed)
+            axes.plot([0, 1], [level, level], color=GUIDE, linewidth=0.8, zorder=0)
             axes.text(-0.03, level, f"{low:.3g}", ha="right", va="center", fontsize=8)
             axes.text(1.03, level, f"{high:.3g}", ha="left", va="center", fontsize=8)
         axes.set(xlim=(-0.17, 1.17), ylim=(-0.3, len(rows) - 0.45))
@@ -156,7 +155,7 @@ def plot_best_curves(records: Sequence[TrialRecord]) -> Figure:
         for colour, record in reversed(list(zip(_CURVES, records, strict=False))):
             bands = [record.curve.get(band, []) for band in BANDS]
             mean = np.mean(np.array(bands, dtype=float), axis=0)
-            axes.plot(np.arange(1, len(mean) + 1), mean, color=colour, linewidth=1.0)
+            axes.plot(np.arange(1, len(mean) + 1), mean, color=colour, linewidth=0.7)
             best = record.best_epoch or 0
             axes.plot([best + 1], [mean[best]], "o", color=colour, label=f"trial {record.number}")
             shown += mean[np.isfinite(mean)].tolist()
@@ -274,7 +273,8 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
     if len(finite) and finite.min() > 0 and finite.max() > _LOGARITHMIC_BEYOND * finite.min():
         axes.set_yscale("log")
         wide = finite.max() > 30 * finite.min()
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+        subs = (1.0,) if wide else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
 

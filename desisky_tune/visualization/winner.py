@@ -114,9 +114,15 @@ def plot_predictions(data: Predictions, band: str) -> Figure:
     with panel(4.2) as figure:
         axes = figure.subplots()
         quick = rasterized(len(observed))
+        # A classical prediction that is far off would squeeze everything else into a corner.
+        values = np.concatenate([observed, winner])
+        pad = max(0.06 * np.ptp(values), 0.1)
+        limits = (values.min() - pad, values.max() + pad)
+        outside = int(((classical < limits[0]) | (classical > limits[1])).sum())
+        beside = f"classical model ({outside} outside)" if outside else "classical model"
         axes.scatter(
             observed, classical, s=16, facecolors="none", edgecolors=GUIDE, linewidths=0.8,
-            label="classical model", rasterized=quick,
+            label=beside, rasterized=quick,
         )  # fmt: skip
         axes.scatter(
             observed[~eclipsed], winner[~eclipsed], s=16, color=BAND_COLOURS[band], alpha=0.8,
@@ -127,9 +133,6 @@ def plot_predictions(data: Predictions, band: str) -> Figure:
                 observed[eclipsed], winner[eclipsed], s=30, marker="D", color=INK,
                 linewidths=0, label="winner, Moon eclipsed",
             )  # fmt: skip
-        values = np.concatenate([observed, winner, classical])
-        pad = max(0.04 * np.ptp(values), 0.1)
-        limits = (values.min() - pad, values.max() + pad)
         axes.axline((limits[0], limits[0]), slope=1, color=INK, linewidth=1)
         axes.set(
             xlim=limits,
@@ -143,13 +146,22 @@ def plot_predictions(data: Predictions, band: str) -> Figure:
 
 
 def plot_residuals_against(data: Predictions, feature: str) -> Figure:
-    """Draw the residuals of each band against one feature."""
+    """Draw the residuals of each band against one feature.
+
+    Classical residuals beyond the winner's range are triangles at the edge.
+    """
     values = data.frame[feature].to_numpy(dtype=float)
 
     def draw(axes: Axes, band: str, winner: np.ndarray, classical: np.ndarray) -> None:
         quick = rasterized(len(values))
+        low, high = axes.get_ylim()
+        inside = (classical > low) & (classical < high)
+        for far, edge, marker in ((classical >= high, high, "^"), (classical <= low, low, "v")):
+            axes.plot(
+                values[far], np.full(far.sum(), 0.96 * edge), marker, color=GUIDE, markersize=4
+            )
         axes.scatter(
-            values, classical, s=9, facecolors="none", edgecolors=GUIDE, linewidths=0.6,
+            values[inside], classical[inside], s=9, facecolors="none", edgecolors=GUIDE, linewidths=0.6,
             rasterized=quick,
         )  # fmt: skip
         axes.scatter(
@@ -200,9 +212,7 @@ def plot_distributions(data: Predictions) -> Figure:
             axes.set_xlabel(f"{data.band_name(band)} [{MAGNITUDE}]")
         for axes in grid[:, 0]:
             axes.set_ylabel("Exposures")
-        figure.legend(
-            *grid.flat[0].get_legend_handles_labels(), loc="outside upper left", ncols=3
-        )
+        figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     return figure
 
 
@@ -225,7 +235,8 @@ def plot_colours(data: Predictions) -> Figure:
             (winner, {"color": BAND_COLOURS["r"], "linewidths": 0, "label": "winner"}),
         ):
             above.scatter(*values, s=14, alpha=0.85, rasterized=quick, **style)  # type: ignore[arg-type]
-        above.set(xlabel="g − r [mag]", ylabel="r − z [mag]")
+        limits = [_limits(observed[axis], winner[axis]) for axis in (0, 1)]
+        above.set(xlim=limits[0], ylim=limits[1], xlabel="g − r [mag]", ylabel="r − z [mag]")
         _legend_above(above, 3)
         for index, name in enumerate(("gr", "rz")):
             axes = grid[name]
@@ -243,13 +254,14 @@ def _four_bands(
 ) -> Figure:
     """Draw the residuals of the four bands in four axes with one scale."""
     winner, classical = data.winner - data.observed, data.classical - data.observed
-    reach = 1.06 * max(np.abs(winner).max(), np.abs(classical).max(), 0.05)
+    # Set by the winner: a classical prediction that is far off would flatten the rest.
+    reach = 1.15 * max(np.abs(winner).max(), np.percentile(np.abs(classical), 90), 0.05)
     with panel(3.9) as figure:
         grid = figure.subplots(2, 2, sharex=True, sharey=True)
         for index, (axes, band) in enumerate(zip(grid.flat, BANDS, strict=True)):
+            axes.set_ylim(-reach, reach)
             draw(axes, band, winner[:, index], classical[:, index])
             axes.axhline(0, color=INK, linewidth=0.9)
-            axes.set_ylim(-reach, reach)
             axes.set_title(data.band_name(band), pad=2)
         figure.supxlabel(xlabel, fontsize=9, color=INK)
         figure.supylabel("Residual [mag]", fontsize=9, color=INK)
@@ -258,11 +270,10 @@ def _four_bands(
 
 def _histograms(axes: Axes, series: Sequence[np.ndarray], colour: str) -> None:
     observed, winner, classical = series
-    values = np.concatenate(series)
     bins = np.histogram_bin_edges(observed, bins="auto")
-    width = max(bins[1] - bins[0], 1e-3)
-    edges = np.arange(values.min() - width, values.max() + 2 * width, width)
-    edges = np.linspace(edges[0], edges[-1], min(len(edges), 40))
+    low, high = _limits(observed, winner)
+    count = int(np.clip((high - low) / max(bins[1] - bins[0], 1e-3), 8, 40))
+    edges = np.linspace(low, high, count + 1)
     axes.hist(observed, bins=edges.tolist(), color=GUIDE, alpha=0.45, label="observed")
     for predicted, line, style, title in (
         (winner, colour, "-", "winner"),
@@ -272,6 +283,13 @@ def _histograms(axes: Axes, series: Sequence[np.ndarray], colour: str) -> None:
             predicted, bins=edges.tolist(), histtype="step", color=line, linestyle=style,
             linewidth=1.4, label=title,
         )  # fmt: skip
+
+
+def _limits(*series: np.ndarray) -> tuple[float, float]:
+    """Return the limits of an axis that shows all of these."""
+    values = np.concatenate(series)
+    pad = max(0.05 * float(np.ptp(values)), 0.05)
+    return float(values.min()) - pad, float(values.max()) + pad
 
 
 def _legend_above(axes: Axes, columns: int) -> None:
