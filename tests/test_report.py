@@ -26,8 +26,8 @@ from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.importance import importances
 from desisky_tune.search.loaded import LoadedRun, load_run
 from desisky_tune.search.local import LocalBackend, SearchArrays
+from desisky_tune.search.origin import checkpoint_header, write_run
 from desisky_tune.search.records import Ledger, TrialRecord, finish, write_tables
-from desisky_tune.search.run import _write_run, checkpoint_header
 from desisky_tune.search.space import default_configuration, load_spec
 from desisky_tune.search.tables import CURVES_SCHEMA, TRIALS_SCHEMA
 from desisky_tune.search.winner import crown
@@ -51,7 +51,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = load_features("sv1")
     split = make_split(table.frame, "NIGHT", seed=0)
     folder = RunFolder.create(runs, "small", exact=True)
-    _write_run(folder, spec, table, split)
+    write_run(folder, spec, table, split)
     arrays = SearchArrays.from_table(table, split.train, split.validation, spec.data.features)
     header = checkpoint_header(folder, spec, table, split)
     backend = LocalBackend(arrays, spec.training, folder.trials, header)
@@ -230,7 +230,7 @@ def test_every_axis_says_what_it_shows(page: Path) -> None:
     assert "Residual [mag]" in texts["residuals-moonsep"]
     assert "Observed z [AB mag arcsec⁻²]" in texts["prediction-z"]
     assert "Predicted r [AB mag arcsec⁻²]" in texts["moon-map-r"]
-    assert "g − r [mag]" in texts["colours"]
+    assert "g - r [mag]" in texts["colours"]
     assert "Validation RMSE [mag]" in texts["history"]
     assert "RMSE [mag]" in texts["comparison"]
 

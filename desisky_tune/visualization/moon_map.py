@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -121,7 +121,7 @@ def plot_moon_map(data: MoonMap, band: str, v_derived: bool) -> Figure:
     """Draw one band of a map: the Moon in the middle, the zenith upwards."""
     values = data.magnitudes[..., BANDS.index(band)]
     with panel(3.7) as figure:
-        axes = figure.subplots(subplot_kw={"projection": "polar"})
+        axes: Any = figure.subplots(subplot_kw={"projection": "polar"})
         axes.set(theta_zero_location="N", rlim=(0, data.separation[-1]))
         mesh = axes.pcolormesh(
             np.radians(data.angle),
@@ -132,7 +132,8 @@ def plot_moon_map(data: MoonMap, band: str, v_derived: bool) -> Figure:
             rasterized=True,
         )
         axes.set_xticks(np.radians([0, 90, 180, 270]), ["zenith", "90°", "180°", "90°"])
-        axes.set_rgrids([30, 60, 90], ["30°", "60°", "90°"], angle=135)
+        axes.set_yticks([30, 60, 90], ["30°", "60°", "90°"])
+        axes.set_rlabel_position(135)
         axes.plot([0], [0], "o", color="#d9b300", markersize=9)
         axes.tick_params(pad=1)
         bar = figure.colorbar(mesh, ax=axes, shrink=0.85, pad=0.08)

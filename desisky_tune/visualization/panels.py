@@ -57,7 +57,7 @@ def panel(height: float = 3.3, width: float = WIDTH) -> Iterator[Figure]:
         "lines.linewidth": 1.3,
     }
     with new_figure((width, height)) as figure, mpl.rc_context(style):
-        figure.get_layout_engine().set(w_pad=0.04, h_pad=0.05)  # type: ignore[union-attr]
+        figure.set_layout_engine("constrained", w_pad=0.04, h_pad=0.05)
         yield figure
 
 

@@ -192,7 +192,7 @@ def _figures(
     )  # fmt: skip
     yield (
         "learning", "winner-curves",
-        f"The winner's losses (on scaled magnitudes) and its validation RMSE in {names}. "
+        f"The winner's losses and its validation RMSE in {names}. "
         "Dashed: its best epoch.",
         lambda: of_search.plot_winner_curves(winner, run.spec.training.loss.capitalize()),
     )  # fmt: skip
@@ -222,7 +222,7 @@ def _figures(
         lambda: of_winner.plot_distributions(data),
     )  # fmt: skip
     yield (
-        "distributions", "colours", "Colours g − r and r − z.",
+        "distributions", "colours", "Colours g - r and r - z.",
         lambda: of_winner.plot_colours(data),
     )  # fmt: skip
     for band in BANDS:
@@ -301,14 +301,15 @@ def _space(run: LoadedRun) -> list[tuple[str, str, Any]]:
 
 def _rungs(run: LoadedRun) -> list[dict[str, int]]:
     """How many trials reached each rung, and how many were stopped there."""
+    pruned = [record for record in run.records if record.state == "PRUNED"]
     return [
         {
             "epochs": at,
             "reached": sum(record.epochs >= at for record in run.records),
-            "stopped": sum(record.state == "PRUNED" and record.epochs == at for record in run.records),
+            "stopped": sum(record.epochs == at for record in pruned),
         }
         for at in rungs(run.spec)
-    ]  # fmt: skip
+    ]
 
 
 def _eclipse(data: Predictions, run: LoadedRun) -> dict[str, Any]:
@@ -361,7 +362,7 @@ def _cost(run: LoadedRun) -> dict[str, Any]:
         "full_epochs": len(records) * run.spec.training.epochs,
         "seconds": sum(seconds),
         "median_seconds": float(np.median(seconds)) if seconds else 0.0,
-        "sessions": sessions,
+        "sessions": max(len(sessions), len(list((run.path / "tune").glob("session-*")))),
         "wall": sum(float(session["seconds"]) for session in sessions),
     }
 
@@ -376,9 +377,9 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["mag"] = lambda value: "–" if value is None else f"{value:.4f}"
-    environment.filters["short"] = lambda value: "–" if value is None else f"{value:.3g}"
-    environment.filters["whole"] = lambda value: "–" if value is None else f"{int(value):,}"
+    environment.filters["mag"] = lambda value: "-" if value is None else f"{value:.4f}"
+    environment.filters["short"] = lambda value: "-" if value is None else f"{value:.3g}"
+    environment.filters["whole"] = lambda value: "-" if value is None else f"{int(value):,}"
     environment.filters["duration"] = duration
     return environment
 

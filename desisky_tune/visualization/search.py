@@ -179,7 +179,7 @@ def plot_winner_curves(winner: TrialRecord, loss: str) -> Figure:
         ):
             series = winner.curve.get(name, [])
             above.plot(epochs[: len(series)], series, color=colour, linewidth=1.0, label=title)
-        above.set(ylabel=f"{loss} loss [scaled]", yscale="log")
+        above.set(ylabel=f"{loss} loss [mag²]", yscale="log")
         above.legend()
         for band in BANDS:
             series = winner.curve.get(band, [])
@@ -252,7 +252,8 @@ def _trials(axes: Axes, records: Sequence[TrialRecord], places: Sequence[float])
             if record.state == state and record.objective is not None
         ]
         if chosen:
-            axes.scatter(*zip(*chosen, strict=True), s=22, **style)
+            x, y = zip(*chosen, strict=True)
+            axes.scatter(x, y, s=22, **style)
     failed = [
         place for place, record in zip(places, records, strict=True) if record.state == "FAIL"
     ]

@@ -88,10 +88,11 @@ def plot_comparison(figures: Mapping[str, Mapping[str, Any]], v_derived: bool) -
     with panel(3.6) as figure:
         axes = figure.subplots()
         for (name, title), colour, offset in zip(shown, colours, offsets, strict=False):
-            for part, style in (
+            styles: tuple[tuple[str, dict[str, Any]], ...] = (
                 ("validation", {"color": colour, "label": title}),
                 ("test", {"color": "none", "markeredgecolor": colour}),
-            ):
+            )
+            for part, style in styles:
                 values = [figures[name][part][band] for band in BANDS]
                 axes.plot(np.arange(len(BANDS)) + offset, values, "o", markersize=6, **style)
         axes.plot([], [], "o", color="none", markeredgecolor=INK, label="test rows: hollow")
@@ -161,8 +162,8 @@ def plot_residuals_against(data: Predictions, feature: str) -> Figure:
                 values[far], np.full(far.sum(), 0.96 * edge), marker, color=GUIDE, markersize=4
             )
         axes.scatter(
-            values[inside], classical[inside], s=9, facecolors="none", edgecolors=GUIDE, linewidths=0.6,
-            rasterized=quick,
+            values[inside], classical[inside], s=9, facecolors="none", edgecolors=GUIDE,
+            linewidths=0.6, rasterized=quick,
         )  # fmt: skip
         axes.scatter(
             values, winner, s=9, color=BAND_COLOURS[band], alpha=0.85, linewidths=0,
@@ -234,15 +235,15 @@ def plot_colours(data: Predictions) -> Figure:
             (observed, {"color": INK, "linewidths": 0, "label": "observed"}),
             (winner, {"color": BAND_COLOURS["r"], "linewidths": 0, "label": "winner"}),
         ):
-            above.scatter(*values, s=14, alpha=0.85, rasterized=quick, **style)  # type: ignore[arg-type]
+            above.scatter(*values, s=14, alpha=0.85, rasterized=quick, **style)
         limits = [_limits(observed[axis], winner[axis]) for axis in (0, 1)]
-        above.set(xlim=limits[0], ylim=limits[1], xlabel="g − r [mag]", ylabel="r − z [mag]")
+        above.set(xlim=limits[0], ylim=limits[1], xlabel="g - r [mag]", ylabel="r - z [mag]")
         _legend_above(above, 3)
         for index, name in enumerate(("gr", "rz")):
             axes = grid[name]
             series = [each[index] for each in (observed, winner, classical)]
             _histograms(axes, series, BAND_COLOURS["r"])
-            axes.set(xlabel=("g − r [mag]", "r − z [mag]")[index])
+            axes.set(xlabel=("g - r [mag]", "r - z [mag]")[index])
         grid["gr"].set_ylabel("Exposures")
     return figure
 
