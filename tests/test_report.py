@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -265,15 +266,11 @@ def test_a_report_reads_no_test_row(
         seen.update(frame["EXPID"].tolist())
         return frame
 
-    # Only what the report asks for is needed, not the figures.
-    from desisky_tune.visualization import report
-
     monkeypatch.setattr(pd, "read_parquet", watched)
-    monkeypatch.setattr(report, "save_panel", lambda *given: "<svg></svg>")
-    monkeypatch.setattr(report, "_figures", lambda *given: iter(()))
+    without_figures(monkeypatch)
     loaded = load_run(run_dir)
     split = loaded.search["split"]
-    report.write_report(loaded, tmp_path)
+    loaded.report(tmp_path)
     assert seen == {*split["train"], *split["validation"]}
 
 
@@ -307,16 +304,70 @@ def test_the_command_prints_the_page(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from desisky_tune.visualization import report
-
     opened: list[str] = []
-    monkeypatch.setattr(report, "_figures", lambda *given: iter(()))
+    without_figures(monkeypatch)
     monkeypatch.setattr("webbrowser.open", lambda url: bool(opened.append(url)) or True)
     assert main(["report", str(run_dir), "--out", str(tmp_path / "page"), "--open"]) == 0
     written = tmp_path / "page" / "index.html"
     assert capsys.readouterr().out.strip() == str(written)
     assert opened == [written.as_uri()]
     assert "small" in written.read_text(encoding="utf-8")
+
+
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    from desisky_tune.visualization import report
+
+    monkeypatch.setattr(report, "_figures", lambda *given: iter(()))
+
+
+def test_eclipsed_rows_stand_apart(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "small"
+    shutil.copytree(run_dir, copy, ignore=shutil.ignore_patterns("report"))
+    table = pd.read_parquet(copy / "features.parquet")
+    chosen = load_run(copy).search["split"]["validation"][:3]
+    # A sliver: what the models say changes by less than a report tolerates.
+    table.loc[table["EXPID"].isin(chosen), "ECLIPSE_FRAC"] = 5e-4
+    table.to_parquet(copy / "features.parquet")
+    without_figures(monkeypatch)
+    text = load_run(copy).report().read_text(encoding="utf-8")
+    assert "3 of the validation rows were taken while a part of the Moon" in text
+    for expid in chosen:
+        assert f"<td>{expid}</td>" in text
+    assert '<td class="text">eclipsed</td><td class="text">winner</td><td>3</td>' in text
+    assert '<td class="text">not eclipsed</td><td class="text">classical model</td>' in text
+
+
+def test_the_way_to_load_the_winner_works_as_shown(
+    run: LoadedRun, page: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("desisky", reason="desisky is the application that loads checkpoints")
+    (code, *_) = re.findall(r"<pre><code>(.*?)</code></pre>", page.read_text("utf-8"), re.DOTALL)
+    monkeypatch.chdir(run.path)
+    names: dict[str, Any] = {}
+    exec(html.unescape(code), names)
+    assert all(15 < float(names[band]) < 25 for band in BANDS)
+
+
+def test_the_documented_page_runs(
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    copy = tmp_path / "runs" / "quick"
+    shutil.copytree(run_dir, copy, ignore=shutil.ignore_patterns("report"))
+    (copy / "best" / "small.eqx").rename(copy / "best" / "quick.eqx")
+    without_figures(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "report.md").read_text()
+    names: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(block, names)
+    assert names["page"] == copy / "report" / "index.html"
+    assert names["page"].is_file()
+    assert "huber_delta" in capsys.readouterr().out
 
 
 # --- load_run -------------------------------------------------------------------------------------

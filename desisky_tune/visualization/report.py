@@ -194,7 +194,9 @@ def _figures(
         "learning", "winner-curves",
         f"The winner's losses and its validation RMSE in {names}. "
         "Dashed: its best epoch.",
-        lambda: of_search.plot_winner_curves(winner, run.spec.training.loss.capitalize()),
+        lambda: of_search.plot_winner_curves(
+            winner, run.spec.training.loss.capitalize(), data.v_derived
+        ),
     )  # fmt: skip
     for band in BANDS:
         yield (

@@ -12,6 +12,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from desisky_tune.data.columns import BANDS
 from desisky_tune.visualization.panels import INK, panel
 from desisky_tune.visualization.style import BAND_COLOURS, GUIDE, TRAIN
+from desisky_tune.visualization.winner import band_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -168,8 +169,8 @@ def plot_best_curves(records: Sequence[TrialRecord]) -> Figure:
     return figure
 
 
-def plot_winner_curves(winner: TrialRecord, loss: str) -> Figure:
-    """Draw the winner's losses, and its RMSE by band, by epoch."""
+def plot_winner_curves(winner: TrialRecord, loss: str, v_derived: bool) -> Figure:
+    """Draw the winner's losses, and its RMSE by band, by epoch; `loss` names the loss."""
     with panel(4.4) as figure:
         above, below = figure.subplots(2, 1, sharex=True)
         epochs = np.arange(1, winner.epochs + 1)
@@ -184,7 +185,11 @@ def plot_winner_curves(winner: TrialRecord, loss: str) -> Figure:
         for band in BANDS:
             series = winner.curve.get(band, [])
             below.plot(
-                epochs[: len(series)], series, color=BAND_COLOURS[band], linewidth=1.0, label=band
+                epochs[: len(series)],
+                series,
+                color=BAND_COLOURS[band],
+                linewidth=1.0,
+                label=band_name(band, v_derived),
             )
         for axes in (above, below):
             axes.axvline((winner.best_epoch or 0) + 1, color=GUIDE, linestyle="--", linewidth=1)
