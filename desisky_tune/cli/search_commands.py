@@ -1,8 +1,9 @@
-"""`search`, `resume`, `leaderboard`, `export`."""
+"""`search`, `resume`, `leaderboard`, `report`, `export`."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -150,6 +151,29 @@ def show_leaderboard(
         say(f"{len(board) - len(shown)} trials that were pruned or failed: --all shows them")
 
 
+def report(
+    run: Run,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Folder to write. Default: RUN/report."),
+    ] = None,
+    open_page: Annotated[
+        bool, typer.Option("--open", help="Show the page in the browser afterwards.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a page with the figures of a search and of its winner."""
+    from desisky_tune import load_run
+
+    page = load_run(run).report(out)
+    show(str(page))
+    if open_page:
+        import webbrowser
+
+        if not webbrowser.open(page.absolute().as_uri()):
+            say("no browser was found to show it in")
+
+
 def export(
     run: Run,
     out: Annotated[
@@ -179,6 +203,7 @@ def _show_result(result: SearchResult, as_json: bool) -> None:
     show(f"\nwinner: trial {result.winner.number} ({configuration})")
     show(figures_text(result.evaluation))
     show(f"\ncheckpoint: {result.checkpoint}")
+    show(f"figures: desisky-tune report {shlex.quote(str(result.run_dir))}")
 
 
 def complete_only(board: pd.DataFrame) -> pd.DataFrame:

@@ -80,12 +80,21 @@ def trial_row(record: TrialRecord) -> dict[str, Any]:
 
 def write_trials(records: Sequence[TrialRecord], folder: str | Path) -> Path:
     """Write ``trials.parquet`` in `folder`, whole; return its path."""
-    rows = [trial_row(record) for record in records]
-    return _write(pa.Table.from_pylist(rows, schema=TRIALS_SCHEMA), Path(folder) / "trials.parquet")
+    return _write(trials_table(records), Path(folder) / "trials.parquet")
 
 
 def write_curves(records: Sequence[TrialRecord], folder: str | Path) -> Path:
-    """Write ``curves.parquet`` in `folder`, whole; return its path.
+    """Write ``curves.parquet`` in `folder`, whole; return its path."""
+    return _write(curves_table(records), Path(folder) / "curves.parquet")
+
+
+def trials_table(records: Sequence[TrialRecord]) -> pa.Table:
+    """Return records as a table of `TRIALS_SCHEMA`."""
+    return pa.Table.from_pylist([trial_row(record) for record in records], schema=TRIALS_SCHEMA)
+
+
+def curves_table(records: Sequence[TrialRecord]) -> pa.Table:
+    """Return the curves of records as a table of `CURVES_SCHEMA`.
 
     Series that a record lacks, or that are shorter than its others, end in nulls.
     """
@@ -100,7 +109,7 @@ def write_curves(records: Sequence[TrialRecord], folder: str | Path) -> Path:
             values = record.curve.get(name, [])
             series += [*values, *[None] * (length - len(values))]
         columns[name] = pa.array(series, pa.float64())
-    return _write(pa.table(columns, schema=CURVES_SCHEMA), Path(folder) / "curves.parquet")
+    return pa.table(columns, schema=CURVES_SCHEMA)
 
 
 def _write(table: pa.Table, path: Path) -> Path:

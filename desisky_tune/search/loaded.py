@@ -1,0 +1,141 @@
+"""A run read back: `desisky_tune.load_run`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from desisky_tune.data.columns import EXPOSURE_ID
+from desisky_tune.errors import RunError
+from desisky_tune.search.folder import RunFolder
+from desisky_tune.search.records import Ledger, TrialRecord, best_record
+from desisky_tune.search.space import SearchSpec, spec_from_dict
+from desisky_tune.search.tables import curves_table, trials_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: The parts of the split that may be read again; the test rows are read once, by the search.
+READABLE_PARTS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run as it stands on disk.
+
+    Attributes
+    ----------
+    path
+        The run's folder.
+    search
+        The content of `search.json`: specification, data, split, seeds, versions.
+    spec
+        The specification of the search.
+    records
+        Every finished trial, by number.
+    trials, curves
+        The columns of ``trials.parquet`` and ``curves.parquet``, from the ledger: a row
+        per trial, and a row per trial and epoch. RMSE in mag.
+    winner
+        The trial that leads: complete, with the lowest RMSE on the validation rows. None
+        where no trial is complete.
+    evaluation
+        RMSE (mag) of the winner and the baselines; see `desisky_tune.search.winner`.
+        None before the search has ended.
+    checkpoint
+        The winner's checkpoint; None before the search has ended.
+    """
+
+    path: Path
+    search: Mapping[str, Any]
+    spec: SearchSpec
+    records: tuple[TrialRecord, ...]
+    trials: pd.DataFrame
+    curves: pd.DataFrame
+    winner: TrialRecord | None
+    evaluation: Mapping[str, Any] | None
+    checkpoint: Path | None
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.path.name
+
+    def rows(self, part: str) -> pd.DataFrame:
+        """Read the exposures of ``train`` or ``validation``, ordered by EXPID.
+
+        The test rows cannot be had here: the search has read them once, and their figures
+        are in `evaluation`.
+
+        Raises
+        ------
+        RunError
+            When `part` is another one, or the table is missing or not the run's.
+        """
+        import pandas as pd
+
+        if part not in READABLE_PARTS:
+            raise RunError(f"rows of {part!r}: a run gives those of {', '.join(READABLE_PARTS)}")
+        features = RunFolder(self.path).features
+        wanted = self.search["split"][part]
+        try:
+            frame = pd.read_parquet(features, filters=[(EXPOSURE_ID, "in", wanted)])
+        except (OSError, ValueError) as error:
+            raise RunError(f"{features} cannot be read: {error}") from error
+        if sorted(frame[EXPOSURE_ID]) != sorted(wanted):
+            raise RunError(
+                f"{features}: {len(frame)} of the {len(wanted)} {part} rows that search.json "
+                "records; the table was changed"
+            )
+        return frame.sort_values(EXPOSURE_ID, ignore_index=True)
+
+    def report(self, out: str | Path | None = None) -> Path:
+        """Write the report; see `desisky_tune.visualization.report.write_report`."""
+        from desisky_tune.visualization.report import write_report
+
+        return write_report(self, out)
+
+
+def load_run(path: str | Path) -> LoadedRun:
+    """Read a run's folder.
+
+    Parameters
+    ----------
+    path
+        The folder: ``runs/<name>``.
+
+    Returns
+    -------
+    LoadedRun
+
+    Raises
+    ------
+    RunError
+        When there is no run, or its files are damaged.
+    """
+    folder = RunFolder.open(path)
+    content = folder.read_search()
+    records = sorted(Ledger(folder.ledger).records(), key=lambda record: record.number)
+    return LoadedRun(
+        path=folder.path,
+        search=content,
+        spec=spec_from_dict(content["spec"], where=str(folder.search_json)),
+        records=tuple(records),
+        trials=trials_table(records).to_pandas(),
+        curves=curves_table(records).to_pandas(),
+        winner=best_record(records),
+        evaluation=_evaluation(folder),
+        checkpoint=folder.best if folder.best.exists() else None,
+    )
+
+
+def _evaluation(folder: RunFolder) -> dict[str, Any] | None:
+    if not folder.evaluation.exists():
+        return None
+    try:
+        return dict(json.loads(folder.evaluation.read_text()))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder.evaluation} cannot be read: {error}") from error

@@ -1,0 +1,396 @@
+"""The report of a run: one page that needs nothing else, and its figures beside it.
+
+The page shows what the search found and how the winner does. Figures of the test rows are
+those that the search measured (`evaluation.json`); everything by row is drawn from the
+validation rows, and no test row is read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import desisky_tune
+from desisky_tune.data.columns import BANDS, EXPOSURE_ID, NIGHT, TARGETS
+from desisky_tune.errors import RunError
+from desisky_tune.files import atomic_open
+from desisky_tune.inference import Predictor
+from desisky_tune.models.classical import ClassicalModel
+from desisky_tune.search.importance import FEWEST_TRIALS, importances
+from desisky_tune.search.leaderboard import leaderboard
+from desisky_tune.search.space import resolved_dict, rungs
+from desisky_tune.training.metrics import band_metrics
+from desisky_tune.visualization import moon_map as moon
+from desisky_tune.visualization import search as of_search
+from desisky_tune.visualization import winner as of_winner
+from desisky_tune.visualization.panels import save_panel
+from desisky_tune.visualization.style import NAMES, UNITS
+from desisky_tune.visualization.winner import MODELS, Predictions, band_name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from desisky_tune.search.loaded import LoadedRun
+    from desisky_tune.search.records import TrialRecord
+
+PAGE = "index.html"
+_TEMPLATE = "report.html.j2"
+
+#: Trials whose learning curves are drawn, and that the first table lists.
+BEST_CURVES = 5
+BEST_ROWS = 10
+#: Rows of the table of all trials; the command `leaderboard --all` lists any number.
+MOST_ROWS = 300
+#: How far the winner's RMSE may lie from the one that the search measured (mag): another
+#: machine rounds float32 otherwise, other weights or rows do not come that close.
+TOLERANCE = 2e-3
+
+
+def write_report(run: LoadedRun, out: str | Path | None = None) -> Path:
+    """Write a run's report.
+
+    Parameters
+    ----------
+    run
+        The run, from `desisky_tune.load_run`.
+    out
+        The folder to write; ``report`` in the run's folder by default.
+
+    Returns
+    -------
+    Path
+        The page, `index.html`; its figures lie beside it as PNG and SVG.
+
+    Raises
+    ------
+    RunError
+        When the search has no winner yet, or its files do not belong together.
+    StorageError
+        When a file cannot be written.
+    """
+    if run.winner is None or run.evaluation is None or run.checkpoint is None:
+        raise RunError(
+            f"{run.path}: the search has no winner yet; "
+            f"finish it with 'desisky-tune resume {run.path}'"
+        )
+    folder = Path(out) if out is not None else run.path / "report"
+    data, map_ = _predictions(run)
+    panels: dict[str, list[dict[str, str]]] = {}
+    for section, name, caption, draw in _figures(run, data, map_):
+        svg = save_panel(draw(), folder, name)
+        panels.setdefault(section, []).append({"name": name, "caption": caption, "svg": svg})
+    content = {
+        "version": desisky_tune.__version__,
+        "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "run": run,
+        "winner": run.winner,
+        "panels": panels,
+        "evaluation": run.evaluation,
+        "models": [(name, title) for name, title in MODELS.items() if name in _measured(run)],
+        "bands": [(band, band_name(band, data.v_derived)) for band in BANDS],
+        "v_derived": data.v_derived,
+        "facts": _facts(run),
+        "space": _space(run),
+        "board": _board(run),
+        "board_limit": BEST_ROWS,
+        "most_rows": MOST_ROWS,
+        "hyperparameters": of_search.HYPERPARAMETERS,
+        "fewest_trials": FEWEST_TRIALS,
+        "rungs": _rungs(run),
+        "eclipse": _eclipse(data, run),
+        "map": map_,
+        "cost": _cost(run),
+        "checkpoint": run.checkpoint.relative_to(run.path).as_posix(),
+    }
+    page = _environment().get_template(_TEMPLATE).render(content)
+    with atomic_open(folder / PAGE, "w", encoding="utf-8") as stream:
+        stream.write(page)
+    return folder / PAGE
+
+
+def _predictions(run: LoadedRun) -> tuple[Predictions, moon.MoonMap]:
+    """The winner and the classical model on the validation rows, and the map."""
+    train, validation = run.rows("train"), run.rows("validation")
+    predictor = Predictor.load(run.checkpoint)
+    classical = ClassicalModel.fit(train, train[list(TARGETS)].to_numpy(dtype=float))
+    assert run.evaluation is not None
+    data = Predictions(
+        frame=validation,
+        observed=validation[list(TARGETS)].to_numpy(dtype=float),
+        winner=predictor.predict(validation),
+        classical=classical.predict(validation),
+        v_derived=bool(run.evaluation["v_derived"]),
+    )
+    for name, predicted in (("winner", data.winner), ("classical", data.classical)):
+        known = _measured(run)[name]["validation"]
+        rmse = np.sqrt(np.mean((predicted - data.observed) ** 2, axis=0))
+        away = float(np.abs(rmse - [known[band] for band in BANDS]).max())
+        if not away <= TOLERANCE:
+            raise RunError(
+                f"{run.path}: the {MODELS[name]} is {away:.4f} mag away from its RMSE in "
+                "evaluation.json; checkpoint, rows and evaluation do not belong together"
+            )
+    return data, moon.moon_map(train, predictor.predict)
+
+
+def _figures(
+    run: LoadedRun, data: Predictions, map_: moon.MoonMap
+) -> Iterator[tuple[str, str, str, Callable[[], Figure]]]:
+    """Yield section, name, caption and drawing of each figure, in the page's order."""
+    assert run.winner is not None
+    records, winner = run.records, run.winner
+    space = resolved_dict(run.spec)["space"]
+    best = _best(records)[:BEST_CURVES]
+    searched = of_search.searched_names(space)
+    names = ", ".join(data.band_name(band) for band in BANDS)
+
+    yield (
+        "comparison", "comparison",
+        "RMSE by band: validation rows (full) and test rows (hollow).",
+        lambda: of_winner.plot_comparison(_measured(run), data.v_derived),
+    )  # fmt: skip
+    yield (
+        "search", "history",
+        "Optimisation history: the mean RMSE of the bands at each trial's best epoch.",
+        lambda: of_search.plot_history(records),
+    )  # fmt: skip
+    if len(best) > 1 and searched:
+        yield (
+            "search", "parallel-coordinates",
+            "Complete trials as lines through their hyperparameters: the winner bold, the best "
+            "quarter in orange.",
+            lambda: of_search.plot_parallel_coordinates(records, space),
+        )  # fmt: skip
+    found = importances(run.spec, records)
+    if found:
+        yield (
+            "search", "importance",
+            "Importance of the hyperparameters among the complete trials; bars: 16 to 84 % "
+            "when the trials are drawn anew.",
+            lambda: of_search.plot_importance(found),
+        )  # fmt: skip
+    yield (
+        "search", "rungs",
+        "What the scheduler saw: the best RMSE so far at each rung, and where trials were "
+        "stopped.",
+        lambda: of_search.plot_rungs(records),
+    )  # fmt: skip
+    for name in searched:
+        yield (
+            "slices", f"slice-{name.replace('_', '-')}",
+            f"{of_search.HYPERPARAMETERS.get(name, name).split(' [')[0]}.",
+            lambda name=name: of_search.plot_slice(records, name, space),  # type: ignore[misc]
+        )  # fmt: skip
+    yield (
+        "learning", "learning-curves",
+        f"Validation RMSE (mean of the bands) of the {len(best)} best trials.",
+        lambda: of_search.plot_best_curves(best),
+    )  # fmt: skip
+    yield (
+        "learning", "winner-curves",
+        f"The winner's losses and its validation RMSE in {names}. "
+        "Dashed: its best epoch.",
+        lambda: of_search.plot_winner_curves(
+            winner, run.spec.training.loss.capitalize(), data.v_derived
+        ),
+    )  # fmt: skip
+    for band in BANDS:
+        yield (
+            "predictions", f"prediction-{band}",
+            f"{data.band_name(band)}: prediction against observation.",
+            lambda band=band: of_winner.plot_predictions(data, band),  # type: ignore[misc]
+        )  # fmt: skip
+    for feature in run.spec.data.features:
+        if data.frame[feature].nunique() > 1:
+            yield (
+                "residuals", f"residuals-{feature.lower().replace('_', '-')}",
+                f"Residuals against {NAMES.get(feature, feature)}"
+                + (f" [{UNITS[feature]}]." if feature in UNITS else "."),
+                lambda feature=feature: of_winner.plot_residuals_against(  # type: ignore[misc]
+                    data, feature
+                ),
+            )  # fmt: skip
+    yield (
+        "residuals", "residuals-night",
+        "Median residual of each night, with its 16 to 84 % range.",
+        lambda: of_winner.plot_residuals_by_night(data),
+    )  # fmt: skip
+    yield (
+        "distributions", "distributions", f"Distributions of the magnitudes in {names}.",
+        lambda: of_winner.plot_distributions(data),
+    )  # fmt: skip
+    yield (
+        "distributions", "colours", "Colours g - r and r - z.",
+        lambda: of_winner.plot_colours(data),
+    )  # fmt: skip
+    for band in BANDS:
+        yield (
+            "map", f"moon-map-{band}",
+            f"{data.band_name(band)}: predicted brightness around the Moon.",
+            lambda band=band: moon.plot_moon_map(  # type: ignore[misc]
+                map_, band, data.v_derived
+            ),
+        )  # fmt: skip
+
+
+def _measured(run: LoadedRun) -> Mapping[str, Any]:
+    assert run.evaluation is not None
+    figures: Mapping[str, Any] = run.evaluation["figures"]
+    return figures
+
+
+def _best(records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """The complete trials, best first."""
+    numbers = leaderboard(records).query("state == 'COMPLETE'")["trial"].tolist()
+    by_number = {record.number: record for record in records}
+    return [by_number[int(number)] for number in numbers]
+
+
+def _board(run: LoadedRun) -> list[dict[str, Any]]:
+    board = leaderboard(run.records).head(MOST_ROWS).astype(object)
+    return [
+        {str(key): None if value != value or value is None else value for key, value in row.items()}
+        for row in board.where(board.notna(), None).to_dict("records")
+    ]
+
+
+def _facts(run: LoadedRun) -> dict[str, Any]:
+    """What was searched, on which data and split."""
+    assert run.evaluation is not None
+    data, split = run.search["data"], run.search["split"]
+    return {
+        "created": str(run.search.get("created", "")).replace("T", " ").replace("+00:00", " UTC"),
+        "source": data.get("source"),
+        "file": Path(str(data.get("path", ""))).name,
+        "subset": data.get("subset"),
+        "eclipse": data.get("eclipse"),
+        "rows_read": data.get("rows_read"),
+        "removed": {k: v for k, v in (data.get("removed") or {}).items() if v},
+        "fingerprint": str(data.get("fingerprint", ""))[:16],
+        "features": [
+            (name, NAMES.get(name, name), UNITS.get(name)) for name in run.spec.data.features
+        ],
+        "split_by": split["by"],
+        "split_seed": split["seed"],
+        "parts": [
+            (part, run.evaluation["rows"][part], run.evaluation["nights"][part])
+            for part in ("train", "validation", "test")
+        ],
+        "versions": run.search.get("versions", {}),
+    }
+
+
+def _space(run: LoadedRun) -> list[tuple[str, str, Any]]:
+    """Each hyperparameter: its name, what was searched, the winner's value."""
+    assert run.winner is not None
+    rows = []
+    for name, entry in resolved_dict(run.spec)["space"].items():
+        if not isinstance(entry, Mapping):
+            text = f"{entry:g} (fixed)"
+        elif "choices" in entry:
+            text = ", ".join(f"{choice:g}" for choice in entry["choices"])
+        else:
+            text = f"{entry['low']:g} to {entry['high']:g}"
+            text += ", logarithmic" if entry.get("log") else ""
+        title = of_search.HYPERPARAMETERS.get(name, name)
+        rows.append((title, text, run.winner.configuration[name]))
+    return rows
+
+
+def _rungs(run: LoadedRun) -> list[dict[str, int]]:
+    """How many trials reached each rung, and how many were stopped there."""
+    pruned = [record for record in run.records if record.state == "PRUNED"]
+    return [
+        {
+            "epochs": at,
+            "reached": sum(record.epochs >= at for record in run.records),
+            "stopped": sum(record.epochs == at for record in pruned),
+        }
+        for at in rungs(run.spec)
+    ]
+
+
+def _eclipse(data: Predictions, run: LoadedRun) -> dict[str, Any]:
+    """The eclipsed validation rows apart from the others."""
+    eclipsed = data.eclipsed
+    result: dict[str, Any] = {
+        "rows": int(eclipsed.sum()),
+        "computed": run.search["data"].get("eclipse") != "none",
+        "parts": {},
+        "exposures": [],
+    }
+    if not eclipsed.any():
+        return result
+    for title, chosen in (("eclipsed", eclipsed), ("not eclipsed", ~eclipsed)):
+        if chosen.any():
+            result["parts"][title] = {
+                name: band_metrics(predicted[chosen], data.observed[chosen])
+                for name, predicted in (("winner", data.winner), ("classical", data.classical))
+            }
+    frame = data.frame
+    for row in np.flatnonzero(eclipsed)[:20]:
+        result["exposures"].append(
+            {
+                "expid": int(frame[EXPOSURE_ID].iloc[row]),
+                "night": int(frame[NIGHT].iloc[row]),
+                "fraction": float(frame["ECLIPSE_FRAC"].iloc[row]),
+                "residuals": (data.winner[row] - data.observed[row]).tolist(),
+            }
+        )
+    return result
+
+
+def _cost(run: LoadedRun) -> dict[str, Any]:
+    records = run.records
+    sessions = list(run.search.get("sessions", []))
+    seconds = sorted(record.seconds for record in records)
+    return {
+        "states": [
+            (
+                state,
+                sum(record.state == state for record in records),
+                sum(record.epochs for record in records if record.state == state),
+                sum(record.seconds for record in records if record.state == state),
+            )
+            for state in ("COMPLETE", "PRUNED", "FAIL")
+        ],
+        "trials": len(records),
+        "planned": run.spec.search.trials,
+        "epochs": sum(record.epochs for record in records),
+        "full_epochs": len(records) * run.spec.training.epochs,
+        "seconds": sum(seconds),
+        "median_seconds": float(np.median(seconds)) if seconds else 0.0,
+        "sessions": max(len(sessions), len(list((run.path / "tune").glob("session-*")))),
+        "wall": sum(float(session["seconds"]) for session in sessions),
+    }
+
+
+def _environment() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("desisky_tune.visualization"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["mag"] = lambda value: "-" if value is None else f"{value:.4f}"
+    environment.filters["short"] = lambda value: "-" if value is None else f"{value:.3g}"
+    environment.filters["whole"] = lambda value: "-" if value is None else f"{int(value):,}"
+    environment.filters["duration"] = duration
+    return environment
+
+
+def duration(seconds: float) -> str:
+    """Return a time with its units: '8.2 s', '3 min 20 s', '2 h 5 min'."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
