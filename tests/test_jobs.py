@@ -126,9 +126,20 @@ def test_data_that_are_here_alone_are_refused(source: str) -> None:
         check_source(source)
 
 
-@pytest.mark.parametrize("source", ["sv1", "vac", "/mnt/exposures.csv", "~/vac.fits"])
+@pytest.mark.parametrize(
+    "source", ["sv1", "vac", "/mnt/exposures.csv", "~/vac.fits", "s3://bucket/vac.fits"]
+)
 def test_data_of_the_cluster_are_taken(source: str) -> None:
     check_source(source)
+
+
+def test_a_url_with_a_password_is_refused_without_showing_it() -> None:
+    with pytest.raises(InputError, match=r"s3://bucket/x\.csv: a URL with a user") as refused:
+        check_source("s3://key:never-to-be-seen@bucket/x.csv")
+    assert "never-to-be-seen" not in str(refused.value)
+    with pytest.raises(InputError) as refused:
+        runs_folder("s3://key:never-to-be-seen@bucket/runs")
+    assert "never-to-be-seen" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -280,10 +291,10 @@ def test_a_name_cannot_lead_out_of_the_runs_folder(name: str, tmp_path: Path) ->
         fetch_from_storage(str(tmp_path), name, tmp_path / "here")
 
 
-@pytest.mark.parametrize("place", ["nowhere", "unknown://bucket"])
+@pytest.mark.parametrize("place", ["nowhere", "unknown://bucket", "memory://not-there"])
 def test_nothing_is_left_of_a_fetch_that_failed(place: str, tmp_path: Path) -> None:
     given = place if "://" in place else str(tmp_path / place)
-    with pytest.raises(RunError):
+    with pytest.raises(InputError):
         fetch_from_storage(given, "deep", tmp_path / "here")
     assert not (tmp_path / "here").exists()
 

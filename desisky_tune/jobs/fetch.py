@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import desisky_tune
+from desisky_tune.data.remote import is_url, open_storage
 from desisky_tune.errors import ClusterError, DesiskyTuneError, RunError, StorageError
 from desisky_tune.jobs.client import MARK, Cluster, Job
 from desisky_tune.jobs.parcel import require_finished, unpack
@@ -76,6 +77,8 @@ def fetch_from_storage(runs: str, name: str, into: str | Path) -> Path:
     ------
     RunError
         When there is no finished run of that name, or it cannot be read.
+    DataError
+        When nothing opens such a URL.
     """
     from pyarrow.fs import FileSelector, FileType
 
@@ -118,21 +121,11 @@ def _pack_there(cluster: Cluster, job: Job) -> str:
 
 def _open_storage(runs: str) -> tuple[FileSystem, str]:
     """Return the file system of a folder or URL, and the path in it."""
-    from pyarrow import ArrowInvalid
-    from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
+    from pyarrow.fs import LocalFileSystem
 
-    if "://" not in runs:
+    if not is_url(runs):
         return LocalFileSystem(), str(Path(runs).expanduser().absolute())
-    try:
-        return FileSystem.from_uri(runs)
-    except (ArrowInvalid, OSError, NotImplementedError):
-        from fsspec.core import url_to_fs
-
-    try:
-        files, root = url_to_fs(runs)
-    except (ValueError, ImportError, OSError) as error:
-        raise RunError(f"--runs {runs}: {error}") from error
-    return PyFileSystem(FSSpecHandler(files)), str(root)
+    return open_storage(runs)
 
 
 def _free_folder(into: str | Path, name: str) -> Path:

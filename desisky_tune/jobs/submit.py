@@ -7,10 +7,10 @@ import shlex
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
-from urllib.parse import urlsplit
 
 import desisky_tune
 from desisky_tune.data.features import CATALOGUE, SHIPPED, load_features, needs_ray, source_path
+from desisky_tune.data.remote import is_url, refuse_password, without_password
 from desisky_tune.errors import InputError
 from desisky_tune.files import sha256_file
 from desisky_tune.jobs.client import MARK, Cluster
@@ -43,8 +43,8 @@ def submit_search(
     cluster
         Where to.
     spec
-        The search. Its source of data is a path on the cluster's nodes, or ``sv1`` or
-        ``vac``: data are never shipped.
+        The search. Its source of data is a URL, a path on the cluster's nodes, or
+        ``sv1`` or ``vac``: data are never shipped.
     space
         What the space was called, for the job's metadata.
     name
@@ -113,7 +113,7 @@ def runs_folder(runs: str) -> str:
     """
     if "://" in runs:
         raise InputError(
-            f"--runs {_without_password(runs)}: a search writes to a folder that the cluster's "
+            f"--runs {without_password(runs)}: a search writes to a folder that the cluster's "
             "nodes share, not to a URL"
         )
     if not (PurePosixPath(runs).is_absolute() or re.match(r"~(/|$)", runs)):
@@ -134,15 +134,13 @@ def check_source(source: str) -> None:
     """
     if source in (SHIPPED, CATALOGUE):
         return
-    if "://" in source:
-        raise InputError(
-            f"data.source = {_without_password(source)!r}: a search reads files, not URLs; give a "
-            "path that the cluster's nodes can read"
-        )
+    if is_url(source):
+        refuse_password(source)
+        return
     if not (PurePosixPath(source).is_absolute() or re.match(r"~(/|$)", source)):
         raise InputError(
-            f"data.source = {source!r}: data do not travel with a job; give the absolute path of "
-            "a file that the cluster's nodes can read"
+            f"data.source = {source!r}: data do not travel with a job; give a URL, or the absolute "
+            "path of a file that the cluster's nodes can read"
         )
 
 
@@ -152,6 +150,8 @@ def data_fingerprint(spec: SearchSpec) -> Mapping[str, str]:
     A table's fingerprint is the one that the run's ``search.json`` will have; for spectra,
     whose features are made on the cluster, it is the file's checksum.
     """
+    if is_url(spec.data.source):
+        return {}
     try:
         path = source_path(spec.data.source)
     except InputError:
@@ -165,9 +165,3 @@ def data_fingerprint(spec: SearchSpec) -> Mapping[str, str]:
         exclude_known_bad=spec.data.exclude_known_bad,
     )
     return {"data_fingerprint": table.fingerprint}
-
-
-def _without_password(url: str) -> str:
-    """Return a URL without its user and password."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
