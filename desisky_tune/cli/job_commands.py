@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from desisky_tune.cli.console import ABSENT, duration, say, show, show_json, table
-from desisky_tune.cli.options import AsJson, Data, Debug
+from desisky_tune.cli.options import AsJson, Debug
 from desisky_tune.errors import ClusterError, InputError, SearchError
 
 if TYPE_CHECKING:
@@ -48,7 +48,15 @@ def submit(
             help="Override a value of the space file, e.g. search.trials=64. Repeatable.",
         ),
     ] = None,
-    data: Data = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="SOURCE",
+            help="sv1 (shipped), vac (where the nodes have it), a URL, or the absolute path of "
+            "a file that the nodes can read.",
+        ),
+    ] = None,
     name: Annotated[
         str | None,
         typer.Option("--name", help="Name of the run. Default: the space's, with date and time."),
@@ -104,9 +112,10 @@ def submit(
     show(f"job: {job}")
     show(f"run: {metadata['name']} in {metadata['runs']} on the cluster")
     show(f"dashboard: {cluster.address}/#/jobs/{job}")
+    where = "" if address is None else f" --address {address}"
     say(
-        f"it runs without us now; 'desisky-tune logs {metadata['name']} --follow' shows it, "
-        f"'desisky-tune fetch {metadata['name']}' brings the result"
+        f"it runs without us now; 'desisky-tune logs {metadata['name']} --follow{where}' shows it, "
+        f"'desisky-tune fetch {metadata['name']}{where}' brings the result"
     )
 
 
