@@ -167,9 +167,7 @@ def test_slurm_starts_a_head_and_workers_with_the_token_then_searches(tmp_path: 
 
 
 def test_the_exit_code_of_the_slurm_job_is_the_searchs(tmp_path: Path) -> None:
-    done, calls = run_slurm(
-        tmp_path, "runs/first", SEARCH_EXIT="3", DESISKY_TUNE_COMMAND="resume"
-    )  # fmt: skip
+    done, calls = run_slurm(tmp_path, "runs/first", SEARCH_EXIT="3", DESISKY_TUNE_COMMAND="resume")
     assert done.returncode == 3
     assert any(c.startswith("desisky-tune resume runs/first --address") for c in calls)
     assert not list((tmp_path / "base" / "secrets").iterdir())

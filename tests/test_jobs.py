@@ -324,7 +324,7 @@ class Head:
             [sys.executable, "-m", "desisky_tune", *words, "--address", self.address],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
             env=self.environment(self.token if token == "its own" else token),
             cwd=self.folder,
         )
@@ -394,7 +394,7 @@ def head() -> Iterator[Head]:
             cwd=folder,
         )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not answers(head.address):
             assert process.poll() is None, (folder / "head.log").read_text()
             assert time.monotonic() < deadline, (folder / "head.log").read_text()
@@ -413,6 +413,7 @@ def head() -> Iterator[Head]:
 TINY = (
     "search.trials=2",
     "search.scheduler=none",
+    "resources.workers=1",
     "training.epochs=2",
     "space={width: 8, depth: {low: 1, high: 2}, batch_size: 64}",
 )
