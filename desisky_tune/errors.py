@@ -43,6 +43,10 @@ class RunError(InputError):
     """A run folder is missing, incomplete or of another kind."""
 
 
+class ClusterError(InputError):
+    """A cluster does not answer, refuses a request, or knows no such job: exit code 2."""
+
+
 class DownloadError(DesiskyTuneError, OSError):
     """A file could not be fetched, or came with the wrong checksum: exit code 2."""
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import desisky_tune
-from desisky_tune.cli import data_commands, model_commands, search_commands
+from desisky_tune.cli import data_commands, job_commands, model_commands, search_commands
 from desisky_tune.cli.options import Debug
 
 
@@ -63,6 +63,11 @@ app.command("export")(search_commands.export)
 app.command("train")(model_commands.train)
 app.command("predict")(model_commands.predict)
 app.command("evaluate")(model_commands.evaluate)
+app.command("submit")(job_commands.submit)
+app.command("status")(job_commands.status)
+app.command("logs")(job_commands.logs)
+app.command("stop")(job_commands.stop)
+app.command("fetch")(job_commands.fetch)
 
 data_app = _group(_data)
 data_app.command("info")(data_commands.info)

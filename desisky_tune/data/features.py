@@ -23,6 +23,7 @@ from desisky_tune.data.exposures import (
 )
 from desisky_tune.data.fits import SpectraFile, check_readable, has_spectra_layout
 from desisky_tune.data.names import require_columns
+from desisky_tune.data.remote import is_url, local_copy
 from desisky_tune.data.subsets import cut, refuse_empty, subset_conditions
 from desisky_tune.data.tables import is_fits, read_raw_table
 from desisky_tune.errors import DataError
@@ -114,7 +115,8 @@ def load_features(
         ``"sv1"``: the real exposures that ship with the package; ``"vac"``: the
         sky-spectra VAC where it was downloaded to; or the path of a file. A FITS file
         with the VAC's layout (a simulated one, say) goes through Ray Data and is
-        cached; any other file is read as a table of exposures.
+        cached; any other file is read as a table of exposures. A URL that pyarrow or
+        fsspec opens (``s3://``, ``gs://``, ...) stands for a file too.
     subset
         ``moon``, ``dark``, ``twilight`` or ``all``.
     eclipse
@@ -165,7 +167,7 @@ def needs_ray(source: str | os.PathLike[str]) -> bool:
 
 
 def source_path(source: str | os.PathLike[str]) -> Path:
-    """Return the file that a source stands for.
+    """Return the file that a source stands for; that of a URL is a local copy.
 
     Raises
     ------
@@ -178,6 +180,8 @@ def source_path(source: str | os.PathLike[str]) -> Path:
         from desisky_tune.data.vac import SkySpecVAC
 
         return SkySpecVAC().path
+    if is_url(source):
+        return check_readable(local_copy(str(source)))
     return check_readable(source)
 
 
@@ -218,7 +222,8 @@ def _from_spectra(
     if eclipse == "exact" and "MJD" not in file.columns:
         eclipse = "table"
     file.require(_needed_of_spectra(eclipse))
-    result = ingest(file, conditions, eclipse=eclipse, address=address)
+    origin = notes["source"] if is_url(notes["source"]) else None
+    result = ingest(file, conditions, eclipse=eclipse, address=address, origin=origin)
     refuse_empty(
         len(result.frame),
         result.rows_read,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from desisky_tune.data.exposures import geometry_columns, set_eclipse
 from desisky_tune.data.fits import SpectraFile
 from desisky_tune.data.geometry import GEOMETRY_COLUMNS
 from desisky_tune.data.names import POINTING
+from desisky_tune.data.remote import local_copy
 from desisky_tune.data.subsets import (
     Conditions,
     condition_columns,
@@ -74,6 +75,7 @@ def ingest(
     *,
     eclipse: str = "exact",
     address: str | None = None,
+    origin: str | None = None,
 ) -> Ingest:
     """Turn a file of spectra into rows of features and magnitudes, with Ray Data.
 
@@ -84,7 +86,8 @@ def ingest(
     Parameters
     ----------
     file
-        The opened file. On a cluster its path must be readable on every node.
+        The opened file. On a cluster its path must be readable on every node, or `origin`
+        be given.
     conditions
         The cut.
     eclipse
@@ -92,6 +95,8 @@ def ingest(
     address
         Of a Ray cluster; a Ray that this process already runs is used, else a local
         one is started for the time of the call.
+    origin
+        The URL that `file` is a copy of: a node that has no copy makes its own.
 
     Raises
     ------
@@ -113,7 +118,7 @@ def ingest(
         file.require([c for c in condition_columns(conditions) if c not in GEOMETRY_COLUMNS])
         rows, removed = np.arange(file.rows), {}
     with ray_session(address=address), _quiet_data_context(), _own_errors():
-        dataset = spectra_dataset(file, rows, with_flux=_V not in file.columns)
+        dataset = spectra_dataset(file, rows, with_flux=_V not in file.columns, origin=origin)
         dataset = dataset.map_batches(add_geometry, batch_size=None, batch_format="numpy")
         dataset = _mapped(dataset, mark_cut, conditions=() if early else conditions)
         dataset = _mapped(dataset, add_photometry, wavelength=file.wavelength)
@@ -132,7 +137,9 @@ def ingest(
     return Ingest(pa.concat_tables(tables).to_pandas(), file.rows, removed)
 
 
-def spectra_dataset(file: SpectraFile, rows: np.ndarray, *, with_flux: bool = True) -> Dataset:
+def spectra_dataset(
+    file: SpectraFile, rows: np.ndarray, *, with_flux: bool = True, origin: str | None = None
+) -> Dataset:
     """Return a Ray Dataset of some rows of a file: METADATA and, as tensors, FLUX.
 
     Parameters
@@ -143,6 +150,8 @@ def spectra_dataset(file: SpectraFile, rows: np.ndarray, *, with_flux: bool = Tr
         Positions, ascending; each read task takes a range of them.
     with_flux
         Without it only METADATA is read.
+    origin
+        As in :func:`ingest`.
     """
     import ray
     from ray.data import Datasource, ReadTask
@@ -167,7 +176,7 @@ def spectra_dataset(file: SpectraFile, rows: np.ndarray, *, with_flux: bool = Tr
         ) -> list[ReadTask]:
             return [
                 ReadTask(
-                    partial(_read_block, file, piece, with_flux),
+                    partial(_read_block, file, piece, with_flux, origin),
                     BlockMetadata(
                         num_rows=len(piece),
                         size_bytes=row_bytes * len(piece),
@@ -227,11 +236,15 @@ def _mapped(dataset: Dataset, function: Any, **arguments: Any) -> Dataset:
     return dataset.map_batches(function, batch_size=None, batch_format="numpy", fn_kwargs=arguments)
 
 
-def _read_block(file: SpectraFile, rows: np.ndarray, with_flux: bool) -> Iterator[pa.Table]:
+def _read_block(
+    file: SpectraFile, rows: np.ndarray, with_flux: bool, origin: str | None = None
+) -> Iterator[pa.Table]:
     """Read some rows into one Arrow block."""
     import pyarrow as pa
     from ray.data.extensions import ArrowTensorArray
 
+    if origin is not None and not file.path.exists():
+        file = replace(file, path=local_copy(origin))
     first, last = int(rows[0]), int(rows[-1])
     metadata = file.metadata(slice(first, last + 1))
     columns: Mapping[str, Any] = {

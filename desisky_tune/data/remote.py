@@ -1,0 +1,145 @@
+"""Files that lie elsewhere: ``s3://``, ``gs://`` and whatever else pyarrow or fsspec open.
+
+A file is copied once per node, below the cache folder, and copied again when its size or its
+time of change is another one (storage that tells no time is judged by the size alone). What
+reads it then reads a local file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from desisky_tune.data.cache import cache_folder
+from desisky_tune.errors import DataError, DesiskyTuneError, MissingFileError, StorageError
+from desisky_tune.files import atomic_open
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+_CHUNK = 1 << 20
+
+
+def is_url(source: str | os.PathLike[str]) -> bool:
+    """Return whether a source is a URL rather than a path."""
+    return "://" in str(source)
+
+
+def open_storage(url: str) -> tuple[FileSystem, str]:
+    """Return the file system that a URL names, and the path in it.
+
+    Raises
+    ------
+    DataError
+        When neither pyarrow nor fsspec opens it, or it holds a password.
+    """
+    from pyarrow import ArrowInvalid
+    from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
+
+    refuse_password(url)
+    try:
+        return FileSystem.from_uri(url)
+    except OSError as error:
+        raise DataError(f"{url}: {_first_line(error)}") from error
+    except (ArrowInvalid, NotImplementedError):
+        # Not one of pyarrow's own.
+        from fsspec.core import url_to_fs
+
+    try:
+        files, path = url_to_fs(url)
+    except (ValueError, ImportError, OSError) as error:
+        raise DataError(f"{url}: {error}") from error
+    return PyFileSystem(FSSpecHandler(files)), str(path)
+
+
+def local_copy(url: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Return a local copy of a file that a URL names.
+
+    Parameters
+    ----------
+    url
+        Of one file.
+    cache_dir
+        Folder of the copies; by default ``sources`` beside the cached feature tables.
+
+    Raises
+    ------
+    MissingFileError
+        When there is no such file, or it cannot be read.
+    StorageError
+        When the copy cannot be written.
+    """
+    from pyarrow.fs import FileType
+
+    files, path = open_storage(url)
+    try:
+        info = files.get_file_info(path)
+        if info.type != FileType.File:
+            what = "is a folder, not a file" if info.type == FileType.Directory else "no such file"
+            raise MissingFileError(f"{url}: {what}")
+        state = f"{url}\n{info.size}\n{info.mtime_ns}"
+    except DesiskyTuneError:
+        raise
+    except Exception as error:  # each kind of storage has exceptions of its own
+        raise MissingFileError(f"{url}: cannot be read: {_first_line(error)}") from error
+    base = cache_folder().parent / "sources" if cache_dir is None else Path(cache_dir)
+    folder = base / hashlib.sha256(state.encode()).hexdigest()[:24]
+    target = folder / Path(urlsplit(url).path).name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Processes of one node copy it once; the others wait.
+        with open(folder / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.exists():
+                _copy(files, path, target, url)
+    except OSError as error:
+        if isinstance(error, DesiskyTuneError):
+            raise
+        raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
+    return target
+
+
+def refuse_password(url: str) -> None:
+    """Refuse a URL with a user or password in it.
+
+    Raises
+    ------
+    DataError
+        With the URL as it is without them.
+    """
+    if "@" in urlsplit(url).netloc:
+        raise DataError(
+            f"{without_password(url)}: a URL with a user or password in it would stand in logs "
+            "and records; give credentials by the environment"
+        )
+
+
+def without_password(url: str) -> str:
+    """Return a URL without its user and password."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def _copy(files: FileSystem, path: str, target: Path, url: str) -> None:
+    try:
+        source = files.open_input_stream(path)
+    except Exception as error:  # each kind of storage has exceptions of its own
+        raise MissingFileError(f"{url}: cannot be read: {_first_line(error)}") from error
+    with source, atomic_open(target) as stream:
+        while chunk := _read(source, url):
+            stream.write(chunk)
+
+
+def _read(source: Any, url: str) -> bytes:
+    try:
+        return bytes(source.read(_CHUNK))
+    except Exception as error:  # each kind of storage has exceptions of its own
+        raise MissingFileError(f"{url}: broke off: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
