@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -443,6 +444,10 @@ def test_a_search_ends_with_board_checkpoint_and_figures(
             assert [float(value) for value in line.split()] == pytest.approx(row, abs=6e-5)
     assert not CONTROL.search(out + err)
     assert "[4/4]" in err
+
+
+def test_after_a_search_ctrl_c_interrupts_again(searched: tuple[Path, str, str]) -> None:
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_board_holds_the_ledgers_trials(

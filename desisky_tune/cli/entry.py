@@ -12,7 +12,6 @@ exit code meaning
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import traceback
@@ -50,9 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not sys.warnoptions and not state["debug"]:
             # A user of the command can act on our messages, not on a library's deprecations.
             warnings.simplefilter("ignore")
-    if not state["debug"] and "--debug" not in argv:
-        # Ray Tune logs a traceback for each trial that fails; its reason is told and recorded.
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     try:
         return _run(list(argv), state)
     except KeyboardInterrupt as stop:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -230,9 +232,21 @@ def _trial_name(trial: Any) -> str:
     return f"trial-{int(trial.config['trial']):05d}"
 
 
+def _signal_handlers() -> dict[signal.Signals, Any]:
+    """Return the handlers that Ray Tune replaces: it does so in the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
+    return {number: handler for number, handler in found.items() if handler is not None}
+
+
 @contextmanager
 def _quiet_tune() -> Iterator[None]:
-    """Let Ray Tune draw and log nothing: what it has to say comes through the recorder."""
+    """Let Ray Tune draw and log nothing: what it has to say comes through the recorder.
+
+    Its handlers of Ctrl-C go when it has ended: left in place, they swallow the next one.
+    """
+    handlers = _signal_handlers()
     before = {name: os.environ.get(name) for name in TUNE_ENVIRONMENT}
     loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.air", "ray.train")]
     levels = [logger.level for logger in loggers]
@@ -242,6 +256,8 @@ def _quiet_tune() -> Iterator[None]:
     try:
         yield
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         for name, value in before.items():
