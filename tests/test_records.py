@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from desisky_tune.data.columns import BANDS
-from desisky_tune.errors import RunError
+from desisky_tune.errors import RunError, StorageError
 from desisky_tune.search.backend import CURVE_SERIES, Progress
 from desisky_tune.search.records import (
     Ledger,
@@ -208,6 +208,26 @@ def test_a_ledger_keeps_records_in_the_order_of_their_end(tmp_path: Path) -> Non
     assert Ledger(ledger.path).records() == records
     assert ledger.torn is None
     assert len(ledger.path.read_text().splitlines()) == 3
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    ledger.append(a_record(0))
+
+    def half_a_line(where: Path, line: str) -> None:
+        with open(where, "ab") as stream:
+            stream.write(line[: len(line) // 2].encode())
+        raise StorageError("no space left")
+
+    with monkeypatch.context() as full:
+        full.setattr("desisky_tune.search.records.append_line", half_a_line)
+        with pytest.raises(StorageError):
+            ledger.append(a_record(1))
+    assert ledger.append(a_record(1))
+    assert [record.number for record in Ledger(path).records()] == [0, 1]
 
 
 def test_a_number_counts_once_and_the_first_wins(tmp_path: Path) -> None:

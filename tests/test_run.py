@@ -17,10 +17,15 @@ import pandas as pd
 import pytest
 
 from desisky_tune.data.columns import BANDS, FEATURES, TARGETS
-from desisky_tune.errors import RunError, SearchError
+from desisky_tune.data.features import load_features
+from desisky_tune.data.splits import make_split
+from desisky_tune.errors import InputError, RunError, SearchError
 from desisky_tune.search.events import Event, TrialFinished, TrialReported
+from desisky_tune.search.folder import RunFolder
+from desisky_tune.search.origin import SearchRun, write_run
 from desisky_tune.search.records import Ledger
 from desisky_tune.search.run import SearchResult, resume_search, run_search
+from desisky_tune.search.searcher import StudySearch
 from desisky_tune.search.space import load_spec
 
 SMALL = (
@@ -198,6 +203,48 @@ def test_a_search_in_which_nothing_completes_fails(ray_instance: Any, tmp_path: 
     assert not (tmp_path / "all-nan" / "best").exists()
     records = Ledger(tmp_path / "all-nan" / "ledger.jsonl").records()
     assert [record.state for record in records] == ["FAIL"] * 5
+
+
+def test_a_driver_killed_before_its_first_trial_began_loses_none(
+    ray_instance: Any, tmp_path: Path
+) -> None:
+    spec = small("search.trials=2")
+    table = load_features()
+    split = make_split(table.frame)
+    folder = RunFolder.create(tmp_path, "early", exact=True)
+    write_run(SearchRun(folder, spec, table, split))
+    searcher = StudySearch(spec, folder.study)
+    assert searcher.suggest("tune-1")["trial"] == 0
+    searcher.close()
+    result = resume_search(folder.path)
+    assert [record.number for record in result.records] == [0, 1]
+    assert result.records[0].configuration["width"] == 128
+
+
+def test_only_the_documented_default_is_called_so(ray_instance: Any, tmp_path: Path) -> None:
+    spec = small("search.default_first=false", "search.trials=2", "search.scheduler=none")
+    result = run_search(spec, runs=tmp_path, name="own")
+    assert set(result.evaluation["figures"]) == {"winner", "classical", "constant"}
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ("[MOONSEP, MOONALTITUDE]", "MOONALTITUDE"),
+        ("[MOONSEP, SEEING_ETC]", "SEEING_ETC is no"),
+    ],
+)
+def test_features_that_cannot_be_learnt_from_are_refused_at_once(
+    features: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        run_search(small(f"data.features={features}"), runs=tmp_path, name="own")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_than_the_machine_has_is_refused(ray_instance: Any, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="a trial asks for 1 CPU and 64 GPU"):
+        run_search(small("resources.gpus_per_trial=64"), runs=tmp_path, name="gpus")
 
 
 RANDOM = ("search.sampler=random", "search.scheduler=none", "search.trials=6")
