@@ -27,7 +27,7 @@ from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.importance import importances
 from desisky_tune.search.loaded import LoadedRun, load_run
 from desisky_tune.search.local import LocalBackend, SearchArrays
-from desisky_tune.search.origin import checkpoint_header, write_run
+from desisky_tune.search.origin import SearchRun, checkpoint_header, write_run
 from desisky_tune.search.records import Ledger, TrialRecord, finish, write_tables
 from desisky_tune.search.space import default_configuration, load_spec
 from desisky_tune.search.tables import CURVES_SCHEMA, TRIALS_SCHEMA
@@ -52,14 +52,15 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = load_features("sv1")
     split = make_split(table.frame, "NIGHT", seed=0)
     folder = RunFolder.create(runs, "small", exact=True)
-    write_run(folder, spec, table, split)
+    run = SearchRun(folder, spec, table, split)
+    write_run(run)
     arrays = SearchArrays.from_table(table, split.train, split.validation, spec.data.features)
-    header = checkpoint_header(folder, spec, table, split)
-    backend = LocalBackend(arrays, spec.training, folder.trials, header)
+    backend = LocalBackend(arrays, spec.training, folder.trials, checkpoint_header(run))
     ledger = Ledger(folder.ledger)
     for number in range(TRAINED):
-        configuration = {**default_configuration(), "width": 32, "depth": 1 + number}
-        configuration["learning_rate"] = 0.01
+        configuration = default_configuration()
+        if number > 0:
+            configuration |= {"width": 32, "depth": 1 + number, "learning_rate": 0.01}
         assignment = Assignment(number, configuration, seed=0)
         first, last = (backend.advance(assignment, epochs) for epochs in (3, EPOCHS))
         backend.release(assignment)
@@ -76,7 +77,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tables(records, folder.path)
     trained = [record for record in records if record.number < TRAINED]
     winner = min(trained, key=lambda record: record.objective or math.inf)
-    crown(folder, winner, records, table, split)
+    crown(run, winner, records)
     return folder.path
 
 
