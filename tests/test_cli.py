@@ -621,7 +621,7 @@ def test_a_simulated_catalogue_goes_all_the_way(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "astropy").mkdir(parents=True)  # astropy wants it to exist
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     vac, again, features = (tmp_path / name for name in ("vac.fits", "again.fits", "out.parquet"))
     for path in (vac, again):

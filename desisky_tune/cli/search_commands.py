@@ -148,7 +148,7 @@ def show_leaderboard(
     else:
         show(board_text(shown, v_derived=v_derived))
     if len(shown) < len(board) and not (as_json or as_csv):
-        say(f"{len(board) - len(shown)} trials that were pruned or failed: --all shows them")
+        say(f"not shown: {len(board) - len(shown)} pruned or failed (--all shows them too)")
 
 
 def report(

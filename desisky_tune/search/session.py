@@ -186,6 +186,8 @@ def _run_session(
             tuner.fit()
     finally:
         searcher.close()
+        if roster is not None:
+            ray.kill(roster)  # Ray Tune keeps what trials are given, and it would live on
     return recorder
 
 
