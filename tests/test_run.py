@@ -318,7 +318,7 @@ def test_a_killed_search_resumes_to_the_same_trials(ray_instance: Any, tmp_path:
 
 
 def test_ctrl_c_leaves_a_run_that_resumes(ray_instance: Any, tmp_path: Path) -> None:
-    driver = start_driver(tmp_path, *RANDOM)
+    driver = start_driver(tmp_path, *RANDOM, "training.epochs=1000")
     after_finished(driver, 2)
     driver.send_signal(signal.SIGINT)
     out, _ = driver.communicate(timeout=120)
