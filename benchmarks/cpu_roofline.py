@@ -161,9 +161,9 @@ def _explain(cells: list[tuple[int, int, int]]) -> None:
         counted = batch * (6 * weights - 2 * INPUTS * width)
         print(
             f"- width {width}, depth {depth}, batch {batch}: {counted / 1e6:.2f} million operations"
-            f" a step, {100 * ends / weights:.0f} % of its weights in the ends, whose sums are of"
+            f" a step, {100 * ends / weights:.0f} % of the weights in the ends, whose sums are of"
             f" {INPUTS} and {OUTPUTS} terms; beside them, uncounted: Adam on {weights:,} weights,"
-            f" {batch} rows to gather and their losses, {batch * depth * width:,} units to transpose"
+            f" {batch} rows to gather, their losses, {batch * depth * width:,} units to transpose"
         )
 
 
