@@ -276,7 +276,9 @@ class LocalBackend:
     def _program(self, trial: Assignment) -> Any:
         from desisky_tune.training.program import program_for
 
-        with self._lock:  # two threads that asked at once would get two programs
+        # Two threads that asked at once would get two programs. The first one ever may compile
+        # the native core.
+        with self._lock, self.meter.spending("compiling"):
             return program_for(
                 in_size=len(self._features),
                 out_size=len(BANDS),
