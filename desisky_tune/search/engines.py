@@ -211,7 +211,8 @@ class RunningEngines:
             )
             .remote(trials)
         )
-        rows = ray.put(arrays)
+        # Held here: an engine that is started again asks for them again.
+        self._rows = ray.put(arrays)
         self._engines = []
         for plan in plans:
             where = (
@@ -228,7 +229,7 @@ class RunningEngines:
                 runtime_env={"env_vars": engine_environment(plan.device)},
             )
             self._engines.append(
-                actor.remote(plan.name, plan.device, plan.slots, work, rows, self.dispatcher)
+                actor.remote(plan.name, plan.device, plan.slots, work, self._rows, self.dispatcher)
             )
         known = [(engine, plan.room) for engine, plan in zip(self._engines, plans, strict=True)]
         self.dispatcher.add.remote(known)
