@@ -22,7 +22,8 @@ from ray import tune
 
 from desisky_tune.errors import RunError, SearchError, SearchInterrupted
 from desisky_tune.search.events import EventSink, Note, SearchStarted
-from desisky_tune.search.local import LocalBackend, SearchArrays, process_environment
+from desisky_tune.search.folds import search_arrays, search_members
+from desisky_tune.search.local import LocalBackend, process_environment
 from desisky_tune.search.origin import SearchRun, checkpoint_header
 from desisky_tune.search.recorder import GiveUp, Recorder
 from desisky_tune.search.records import Ledger, best_record, remaining_trials
@@ -120,9 +121,7 @@ def _run_session(
     scheduler = make_scheduler(spec)
     scheduler.prime(known)
 
-    arrays = SearchArrays.from_table(
-        run.table, run.split.train, run.split.validation, spec.data.features
-    )
+    arrays = search_arrays(run)
     plan = TrialPlan(
         rungs=tuple(rungs(spec)),
         seed=spec.training.seed,
@@ -130,6 +129,7 @@ def _run_session(
             _local_backend, ray.put(arrays), spec.training, folder.trials, checkpoint_header(run)
         ),
         environment=process_environment(gpu=spec.resources.gpus_per_trial > 0),
+        members=search_members(spec),
     )
     roster = ray.remote(num_cpus=0)(Roster).remote(concurrency) if concurrency > 1 else None
     recorder = Recorder(

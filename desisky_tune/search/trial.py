@@ -16,7 +16,7 @@ from typing import Any
 
 from ray import tune
 
-from desisky_tune.search.backend import Assignment, Backend, Progress
+from desisky_tune.search.backend import Assignment, Backend, Member, Progress
 
 #: Seconds that a first result waits for the other trial processes to start.
 ROSTER_PATIENCE = 60.0
@@ -36,12 +36,15 @@ class TrialPlan:
         Makes the backend inside the trial's process; called once per process.
     environment
         Set in the trial's process before JAX is imported there.
+    members
+        What each trial trains, where it is more than one training.
     """
 
     rungs: tuple[int, ...]
     seed: int
     backend: Callable[[], Backend]
     environment: Mapping[str, str]
+    members: tuple[Member, ...] = ()
 
 
 class Roster:
@@ -133,7 +136,9 @@ class SearchTrial(tune.Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         configuration = {name: value for name, value in config.items() if name != "trial"}
-        self._assignment = Assignment(int(config["trial"]), configuration, self._plan.seed)
+        self._assignment = Assignment(
+            int(config["trial"]), configuration, self._plan.seed, self._plan.members
+        )
         self._epochs = 0
 
 
