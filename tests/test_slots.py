@@ -21,7 +21,7 @@ from desisky_tune.training.scaling import Scaling
 from desisky_tune.training.shuffle import epoch_order, padded_epoch_order
 from desisky_tune.training.slot_rows import FoldRows, SlotRows, slot_rows
 from desisky_tune.training.slot_state import at_width, fresh_state, model_of
-from desisky_tune.training.slots import SlotProgram, SlotSettings, SlotShape
+from desisky_tune.training.slots import SlotProgram, SlotSettings, SlotShape, slot_program
 from desisky_tune.training.state_file import write_state
 
 PADDED, BATCH, SLOTS = 16, 8, 3
@@ -80,9 +80,8 @@ def rows() -> SlotRows:
     return slot_rows(inputs, targets, folds)
 
 
-@cache
 def program(depth: int, **changes: Any) -> SlotProgram:
-    return SlotProgram(SlotShape(depth, PADDED, BATCH, changes.pop("slots", SLOTS), **changes))
+    return slot_program(SlotShape(depth, PADDED, BATCH, changes.pop("slots", SLOTS), **changes))
 
 
 def run(

@@ -16,6 +16,7 @@ all pay for the deepest (`docs/performance.md`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -150,6 +151,7 @@ class SlotProgram:
             loss=shape.loss,
             precision=shape.precision,
         )
+        self._one_rest = self._stepper.abstract(1).rest.shape[1:]
         self._advance = jax.jit(self._advance_on_device, donate_argnums=0)
         self._put = jax.jit(_put_on_device, donate_argnums=0)
         self._take = jax.jit(_take_on_device)
@@ -159,6 +161,11 @@ class SlotProgram:
     def empty(self) -> TrainState:
         """Return states on the device for trainings to come."""
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._abstract())
+
+    def wide(self, state: TrainState) -> TrainState:
+        """Bring a training at its true width to the device, padded; `put` takes either."""
+        shape = self.shape
+        return jax.device_put(at_width(state, shape.in_size, shape.out_size, shape.width))
 
     def put(self, states: TrainState, slot: int, state: TrainState) -> TrainState:
         """Put a training into a slot, whatever was in it.
@@ -170,13 +177,14 @@ class SlotProgram:
         slot
             0..slots-1.
         state
-            From `fresh_state`, `take` or `read_state`, at its true width.
+            From `fresh_state`, `take`, `wide` or `read_state`.
         """
-        shape = self.shape
-        if not 0 <= slot < shape.slots:
-            raise InputError(f"slot {slot} of a program of {shape.slots} slots")
-        wide = at_width(state, shape.in_size, shape.out_size, shape.width)
-        return self._put(states, wide, np.int32(slot))
+        if not 0 <= slot < self.shape.slots:
+            raise InputError(f"slot {slot} of a program of {self.shape.slots} slots")
+        rest = state.parameters.rest
+        if not (isinstance(rest, jax.Array) and rest.shape == self._one_rest):
+            state = self.wide(state)
+        return self._put(states, state, np.int32(slot))
 
     def take(self, states: TrainState, slot: int) -> TrainState:
         """Return the training of a slot on the device, in its padded width.
@@ -359,6 +367,12 @@ class SlotProgram:
         if blocks == 1:
             return block(nothing, (jnp.int32(0), positions[0]))[0]
         return lax.scan(block, nothing, (jnp.arange(blocks), positions))[0]
+
+
+@lru_cache(maxsize=64)
+def slot_program(shape: SlotShape) -> SlotProgram:
+    """Return the program of a shape; asked for again, the same one, compiled already."""
+    return SlotProgram(shape)
 
 
 def _fetch(rows: SlotRows, fold: jax.Array, positions: jax.Array, counts: jax.Array) -> Batch:
