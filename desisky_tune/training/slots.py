@@ -269,7 +269,7 @@ class SlotProgram:
         ) -> tuple[TrainState, jax.Array, jax.Array]:
             states, done, table = carry
             states, row = self._epoch(states, rows, settings, live(states))
-            return states, done + 1, table.at[done].set(row)
+            return states, done + 1, lax.dynamic_update_index_in_dim(table, row, done, 0)
 
         shape = (CAPACITY, self.shape.slots, 4 + self.shape.out_size)
         table = jnp.full(shape, jnp.nan, jnp.float32)
@@ -385,7 +385,10 @@ def _fetch(rows: SlotRows, fold: jax.Array, positions: jax.Array, counts: jax.Ar
 
 
 def _put_on_device(states: TrainState, state: TrainState, slot: jax.Array) -> TrainState:
-    return jax.tree.map(lambda all_, one: all_.at[slot].set(one), states, state)
+    # An update of a slice, not a scatter: in place, and with nothing in it that could race.
+    return jax.tree.map(
+        lambda every, one: lax.dynamic_update_index_in_dim(every, one, slot, 0), states, state
+    )
 
 
 def _take_on_device(states: TrainState, slot: jax.Array) -> TrainState:
