@@ -50,7 +50,7 @@ from _machine import describe
 from desisky_tune.training.program import Hyperparameters, Program, program_for, training_arrays
 from desisky_tune.training.slot_count import device_memory, epoch_seconds, most_slots
 from desisky_tune.training.slot_rows import FoldRows, SlotRows, slot_rows
-from desisky_tune.training.slot_state import at_width, fresh_state
+from desisky_tune.training.slot_state import fresh_state
 from desisky_tune.training.slot_step import PRECISIONS
 from desisky_tune.training.slots import SlotProgram, SlotSettings, SlotShape, slot_program
 
@@ -261,15 +261,14 @@ class Benchmark:
         for other in range(shape.slots) if crowded else [slot]:
             seed = 7 if other == slot else other + 100
             fresh = fresh_state(INPUTS, OUTPUTS, shape.width, shape.depth, seed)
-            states = program.put(states, other, fresh)
+            states = program.put(states, other, program.words(fresh))
             wanted.learning_rate[other] = RATE if other == slot or other % 3 else 1e30
             wanted.huber_delta[other], wanted.target[other] = DELTA, sum(chunks)
         objectives = []
         for chunk in chunks:
             states, curves = program.advance(states, self._rows, wanted, chunk)
             objectives.append(float(curves.of(slot).objective[0]))
-        state = at_width(program.take(states, slot), INPUTS, OUTPUTS, shape.width)
-        return state, objectives[0]
+        return program.state_of(program.take(states, slot), shape.width), objectives[0]
 
     def _program(self) -> Program:
         shape = self._shape

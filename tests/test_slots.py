@@ -30,7 +30,7 @@ EPOCHS = 5
 
 #: Each example runs a compiled program: few of them find what there is to find.
 few = settings(
-    max_examples=12,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     phases=(Phase.explicit, Phase.generate),
@@ -94,7 +94,8 @@ def run(
     slots = program(depth)
     states, wanted = slots.empty(), SlotSettings.empty(SLOTS)
     for slot, training in filled.items():
-        states = slots.put(states, slot, fresh_state(6, 4, training.width, depth, training.seed))
+        fresh = fresh_state(6, 4, training.width, depth, training.seed)
+        states = slots.put(states, slot, slots.words(fresh))
         fill(wanted, slot, training, target)
     curves = []
     for chunk in chunks:
@@ -110,7 +111,7 @@ def fill(wanted: SlotSettings, slot: int, training: Training, target: int) -> No
 
 
 def taken(depth: int, states: Any, slot: int, width: int = PADDED) -> Any:
-    return at_width(program(depth).take(states, slot), 6, 4, width)
+    return program(depth).state_of(program(depth).take(states, slot), width)
 
 
 def bits(tree: Any) -> list[bytes]:
@@ -167,7 +168,7 @@ def test_a_training_goes_on_from_a_file_in_any_slot(
     slots = program(depth)
     others = {s: neighbour._replace(learning_rate=1e30) for s in range(SLOTS)}
     states, _ = run(depth, others)
-    states = slots.put(states, second, state)
+    states = slots.put(states, second, slots.words(state))
     wanted = SlotSettings.empty(SLOTS)
     fill(wanted, second, training, EPOCHS)
     states, _ = slots.advance(states, rows(), wanted, EPOCHS)
@@ -201,11 +202,11 @@ def test_a_new_training_compiles_nothing():
     taken(1, run(1, {0: Training()})[0], 0)
     compiled = []
     with monitored(lambda event, *_, **__: compiled.append(event)):
-        states = slots.put(slots.empty(), 1, fresh)
+        states = slots.put(slots.empty(), 1, slots.words(fresh))
         wanted = SlotSettings.empty(SLOTS)
         fill(wanted, 1, Training(fold=1, learning_rate=0.1), 2)
         states, _ = slots.advance(states, rows(), wanted, 1)
-        states = slots.put(states, 2, taken(1, states, 1, 5))
+        states = slots.put(states, 2, slots.take(states, 1))
         slots.advance(states, rows(), wanted, 3)
     assert not [event for event in compiled if "backend_compile" in event]
 
@@ -265,7 +266,8 @@ def test_a_slot_agrees_with_the_program_of_one_training(depth, fold):
 def test_the_l2_loss_agrees_too():
     slots = program(1, loss="l2", slots=1)
     training = Training()
-    states = slots.put(slots.empty(), 0, fresh_state(6, 4, training.width, 1, training.seed))
+    fresh = fresh_state(6, 4, training.width, 1, training.seed)
+    states = slots.put(slots.empty(), 0, slots.words(fresh))
     wanted = SlotSettings.empty(1)
     fill(wanted, 0, training, 2)
     _, curves = slots.advance(states, rows(), wanted, 2)
@@ -300,7 +302,7 @@ def test_many_validation_rows_are_measured_block_by_block(monkeypatch):
     whole = by_itself(1, Training())[1]
     monkeypatch.setattr(slots_module, "VALIDATION_BLOCK", 12)
     slots = SlotProgram(program(1).shape)
-    states = slots.put(slots.empty(), 0, fresh_state(6, 4, 12, 1, 3))
+    states = slots.put(slots.empty(), 0, slots.words(fresh_state(6, 4, 12, 1, 3)))
     wanted = SlotSettings.empty(SLOTS)
     fill(wanted, 0, Training(), EPOCHS)
     curve = slots.advance(states, rows(), wanted, EPOCHS)[1].of(0)
@@ -375,7 +377,7 @@ def test_slots_and_epochs_are_checked():
     slots = program(1)
     state = fresh_state(6, 4, 5, 1, 0)
     with pytest.raises(InputError, match="slot 3 of a program of 3 slots"):
-        slots.put(slots.empty(), 3, state)
+        slots.put(slots.empty(), 3, slots.words(state))
     with pytest.raises(InputError, match=r"65 epochs; allowed: 0\.\.64"):
         slots.advance(slots.empty(), rows(), SlotSettings.empty(SLOTS), 65)
 

@@ -183,13 +183,15 @@ class SlotBackend:
         outcomes = self._banks.train(works)
         for member in list(trainings):
             if (outcome := outcomes.get((trial.number, member))) is not None:
-                trainings[member] = self._after(trial, trainings[member], outcome)
+                trainings[member] = self._after(trial, trainings[member], outcome, shape)
                 if not trainings[member].failed:
                     self._save(trial, member, trainings[member], shape)
 
-    def _after(self, trial: Assignment, training: _Training, outcome: Outcome) -> _Training:
+    def _after(
+        self, trial: Assignment, training: _Training, outcome: Outcome, shape: SlotShape
+    ) -> _Training:
         """Add an outcome to what a member has measured."""
-        from desisky_tune.training.slot_state import at_width
+        from desisky_tune.training.slots import slot_program
 
         curves = outcome.curves
         table = np.concatenate(
@@ -202,7 +204,7 @@ class SlotBackend:
         width = int(trial.configuration["width"])
         return replace(
             training,
-            state=at_width(outcome.state, len(self._features), len(BANDS), width),
+            state=slot_program(shape).state_of(outcome.words, width),
             epochs=training.epochs + len(table),
             seconds=training.seconds + outcome.seconds,
             curve={

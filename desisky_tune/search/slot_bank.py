@@ -45,15 +45,15 @@ class Outcome:
 
     Attributes
     ----------
-    state
-        Where it stands now, on the device and padded.
+    words
+        Where it stands now, on the device (`SlotProgram.state_of`).
     curves
         The epochs done, in pieces.
     seconds
         Its share of the device's time.
     """
 
-    state: Any
+    words: Any
     curves: list[Curve]
     seconds: float
 

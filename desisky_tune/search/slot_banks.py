@@ -210,7 +210,7 @@ class SlotBanks:
                     self._start(work, group, *place, arriving)
                     return
             if arriving is None:
-                arriving = self._programs[work.shape].wide(work.state)
+                arriving = self._programs[work.shape].words(work.state)
             else:
                 self._open(work.shape)
 
@@ -274,8 +274,8 @@ class SlotBanks:
             seats = {slot: bank.seats[slot] for slot in bank.working()}
             epochs = self._chunk(bank, seats)
         began = time.perf_counter()
-        for slot, state in arrivals:
-            bank.states = bank.program.put(bank.states, slot, state)
+        for slot, words in arrivals:
+            bank.states = bank.program.put(bank.states, slot, words)
         bank.states, curves = bank.program.advance(bank.states, self._rows, settings, epochs)
         seconds = time.perf_counter() - began
         made = int(curves.done.max())
@@ -292,8 +292,8 @@ class SlotBanks:
         with self._changed:
             self._seconds["training"] += seconds
             self._epochs += int(curves.done.sum())
-            for slot, state in ended.items():
-                self._deliver(bank, slot, seats[slot], state)
+            for slot, words in ended.items():
+                self._deliver(bank, slot, seats[slot], words)
             self._changed.notify_all()
 
     def _chunk(self, bank: Bank, seats: dict[int, Seat | None]) -> int:
@@ -317,11 +317,11 @@ class SlotBanks:
         assert seat.work is not None
         return seat.work.target
 
-    def _deliver(self, bank: Bank, slot: int, seat: Seat | None, state: Any) -> None:
+    def _deliver(self, bank: Bank, slot: int, seat: Seat | None, words: Any) -> None:
         if seat is None or seat.group is None or bank.seats[slot] is not seat:
             return  # given up, or left, while the chunk ran
         group = seat.group
-        group.outcomes[seat.key] = Outcome(state, seat.curves, seat.seconds)
+        group.outcomes[seat.key] = Outcome(words, seat.curves, seat.seconds)
         group.waiting -= 1
         bank.seats[slot] = Seat(seat.key)
         if group.waiting == 0:

@@ -152,8 +152,8 @@ def epoch_seconds(shape: SlotShape, rows: SlotRows, at_least: float = 0.2) -> fl
 def filled(program: SlotProgram) -> tuple[Any, SlotSettings]:
     """Return states and settings with a training without end in every slot."""
     shape = program.shape
-    one = program.wide(fresh_state(shape.in_size, shape.out_size, shape.width, shape.depth, 0))
-    states = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], shape.slots, axis=0), one)
+    fresh = fresh_state(shape.in_size, shape.out_size, shape.width, shape.depth, 0)
+    states = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], shape.slots, axis=0), fresh)
     wanted = SlotSettings.empty(shape.slots)
     wanted.learning_rate[:] = 1e-4
     wanted.target[:] = np.iinfo(np.int32).max

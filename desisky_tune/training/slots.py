@@ -15,6 +15,7 @@ all pay for the deepest (`docs/performance.md`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -151,7 +152,6 @@ class SlotProgram:
             loss=shape.loss,
             precision=shape.precision,
         )
-        self._one_rest = self._stepper.abstract(1).rest.shape[1:]
         self._advance = jax.jit(self._advance_on_device, donate_argnums=0)
         self._put = jax.jit(_put_on_device, donate_argnums=0)
         self._take = jax.jit(_take_on_device)
@@ -162,12 +162,14 @@ class SlotProgram:
         """Return states on the device for trainings to come."""
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._abstract())
 
-    def wide(self, state: TrainState) -> TrainState:
-        """Bring a training at its true width to the device, padded; `put` takes either."""
+    def words(self, state: TrainState) -> jax.Array:
+        """Bring a training at its true width to the device, as `put` takes it."""
         shape = self.shape
-        return jax.device_put(at_width(state, shape.in_size, shape.out_size, shape.width))
+        padded = at_width(state, shape.in_size, shape.out_size, shape.width)
+        leaves = jax.tree.leaves(padded)
+        return jax.device_put(np.concatenate([_host_words(leaf) for leaf in leaves]))
 
-    def put(self, states: TrainState, slot: int, state: TrainState) -> TrainState:
+    def put(self, states: TrainState, slot: int, words: jax.Array) -> TrainState:
         """Put a training into a slot, whatever was in it.
 
         Parameters
@@ -176,22 +178,25 @@ class SlotProgram:
             Of all slots; not to be used again.
         slot
             0..slots-1.
-        state
-            From `fresh_state`, `take`, `wide` or `read_state`.
+        words
+            From `words` or `take`.
         """
         if not 0 <= slot < self.shape.slots:
             raise InputError(f"slot {slot} of a program of {self.shape.slots} slots")
-        rest = state.parameters.rest
-        if not (isinstance(rest, jax.Array) and rest.shape == self._one_rest):
-            state = self.wide(state)
-        return self._put(states, state, np.int32(slot))
+        return self._put(states, words, np.int32(slot))
 
-    def take(self, states: TrainState, slot: int) -> TrainState:
-        """Return the training of a slot on the device, in its padded width.
+    def take(self, states: TrainState, slot: int) -> jax.Array:
+        """Return the training of a slot, on the device; it stays as it is when the slots go on.
 
-        It stays valid when the slots go on; `at_width` brings it to the host at its true width.
+        It is one array of 32-bit words, so that one transfer brings it to the host (`state_of`).
         """
         return self._take(states, np.int32(slot))
+
+    def state_of(self, words: jax.Array, width: int) -> TrainState:
+        """Return a training that `take` gave, on the host and at its true width."""
+        shape = self.shape
+        state = _from_words(np.asarray(words), self._abstract(), _host_leaf)
+        return at_width(state, shape.in_size, shape.out_size, width)
 
     def advance(
         self, states: TrainState, rows: SlotRows, settings: SlotSettings, epochs: int
@@ -384,12 +389,45 @@ def _fetch(rows: SlotRows, fold: jax.Array, positions: jax.Array, counts: jax.Ar
     return Batch(jnp.concatenate([scaled, ones], axis=2), fetched[..., inputs:], counts)
 
 
-def _put_on_device(states: TrainState, state: TrainState, slot: jax.Array) -> TrainState:
+def _put_on_device(states: TrainState, words: jax.Array, slot: jax.Array) -> TrainState:
     # An update of a slice, not a scatter: in place, and with nothing in it that could race.
     return jax.tree.map(
-        lambda every, one: lax.dynamic_update_index_in_dim(every, one, slot, 0), states, state
+        lambda every, one: lax.dynamic_update_index_in_dim(every, one, slot, 0),
+        states,
+        _from_words(words, states, _device_leaf),
     )
 
 
-def _take_on_device(states: TrainState, slot: jax.Array) -> TrainState:
-    return jax.tree.map(lambda leaf: leaf[slot], states)
+def _take_on_device(states: TrainState, slot: jax.Array) -> jax.Array:
+    def words(leaf: jax.Array) -> jax.Array:
+        one = lax.dynamic_index_in_dim(leaf, slot, 0, keepdims=False).ravel()
+        if one.dtype == jnp.bool_:
+            return one.astype(jnp.uint32)
+        return lax.bitcast_convert_type(one, jnp.uint32)
+
+    return jnp.concatenate([words(leaf) for leaf in jax.tree.leaves(states)])
+
+
+def _from_words(words: Any, states: TrainState, leaf_of: Callable[[Any, Any], Any]) -> TrainState:
+    """Cut the words of one training into leaves of the shapes that all slots' have."""
+    leaves, start = [], 0
+    every, tree = jax.tree.flatten(states)
+    for leaf in every:
+        size = int(np.prod(leaf.shape[1:], dtype=int))
+        part = leaf_of(words[start : start + size], leaf.dtype)
+        leaves.append(part.reshape(leaf.shape[1:]))
+        start += size
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _device_leaf(words: jax.Array, dtype: Any) -> jax.Array:
+    return words > 0 if dtype == jnp.bool_ else lax.bitcast_convert_type(words, dtype)
+
+
+def _host_leaf(words: NDArray[np.uint32], dtype: Any) -> NDArray[Any]:
+    return words > 0 if dtype == np.bool_ else words.view(dtype)
+
+
+def _host_words(leaf: Any) -> NDArray[np.uint32]:
+    array = np.asarray(leaf).ravel()
+    return array.astype(np.uint32) if array.dtype == np.bool_ else array.view(np.uint32)
