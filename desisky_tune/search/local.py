@@ -1,4 +1,4 @@
-"""The backend that trains inside the trial's own process.
+"""The backend that trains with one program per trial, in the process that calls it.
 
 JAX is imported when the first trial begins, not when this module is: the driver of a
 search needs none of it.
@@ -7,11 +7,13 @@ search needs none of it.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -19,6 +21,7 @@ from desisky_tune.data.columns import BANDS
 from desisky_tune.errors import CheckpointError, MissingFileError
 from desisky_tune.search.arrays import Fold, SearchArrays
 from desisky_tune.search.backend import CURVE_SERIES, Assignment, Member, Progress
+from desisky_tune.search.figures import Meter
 from desisky_tune.search.pooling import MemberCurve, pooled_progress
 
 if TYPE_CHECKING:
@@ -61,8 +64,27 @@ class _Training:
     failed: bool = False
 
 
+class _Trial:
+    """The members of a trial; whoever trains or keeps them holds the lock."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.trainings: dict[Member, _Training] = {}
+
+
+class _Compiled:
+    """Whether a program has been compiled for arrays of a shape; the lock is whose turn it is."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.done = False
+
+
 class LocalBackend:
-    """Trains one trial at a time, in this process; its members one after another.
+    """Trains trials in this process, each in the thread that asks for it.
+
+    Several threads may train a trial each; one trial's members follow one another. What two
+    threads need is compiled once, while the other waits.
 
     Parameters
     ----------
@@ -74,6 +96,11 @@ class LocalBackend:
         Where the states and the checkpoints of the trials are written.
     header
         Further keys for the header of each checkpoint: where it comes from.
+
+    Attributes
+    ----------
+    meter
+        How long was compiled and trained, by all threads together.
     """
 
     def __init__(
@@ -89,22 +116,27 @@ class LocalBackend:
         self._features = arrays.features
         self._rows = arrays
         self._folds: dict[int, _FoldRows] = {}
-        self._running: dict[int, dict[Member, _Training]] = {}
+        self._trials: dict[int, _Trial] = {}
+        self._compiled: WeakKeyDictionary[Any, dict[Any, _Compiled]] = WeakKeyDictionary()
+        self._lock = threading.Lock()
+        self.meter = Meter()
 
     def advance(self, trial: Assignment, epochs: int) -> Progress:
         """Train on to `epochs` epochs in total; the state is on disk when this returns."""
-        running = self._running.setdefault(trial.number, {})
-        if not running:
-            # Weights of an unfinished trial, which an interrupt left, are not its last.
-            checkpoint_path(self._folder, trial.number).unlink(missing_ok=True)
-        for member in trial.trainings:
-            training = running.get(member) or self._open(trial, member)
-            if training.epochs < epochs:
-                training = self._train(trial, member, training, epochs)
-            running[member] = training
-            if training.failed:
-                break
-        return self._progress(trial, running)
+        with self._lock:
+            running = self._trials.setdefault(trial.number, _Trial())
+        with running.lock:
+            if not running.trainings:
+                # Weights of an unfinished trial, which an interrupt left, are not its last.
+                checkpoint_path(self._folder, trial.number).unlink(missing_ok=True)
+            for member in trial.trainings:
+                training = running.trainings.get(member) or self._open(trial, member)
+                if training.epochs < epochs:
+                    training = self._train(trial, member, training, epochs)
+                running.trainings[member] = training
+                if training.failed:
+                    break
+            return self._progress(trial, running.trainings)
 
     def release(self, trial: Assignment) -> None:
         """Keep the best weights of a trial, and forget it here.
@@ -113,20 +145,25 @@ class LocalBackend:
         up again. `sweep` removes the states of the trials that are finished. A trial of
         several members has no weights of its own: none are kept.
         """
-        running = self._running.pop(trial.number, None)
-        if not running or len(trial.trainings) > 1 or self._progress(trial, running).failed:
+        with self._lock:
+            running = self._trials.pop(trial.number, None)
+        if running is None:
             return
-        ((member, training),) = running.items()
-        write_checkpoint(
-            checkpoint_path(self._folder, trial.number),
-            training.program.best_model(training.state),
-            self._progress(trial, running),
-            trial,
-            self._training,
-            self._features,
-            self._fold(member.fold).scaling,
-            self._header,
-        )
+        with running.lock:
+            trainings = running.trainings
+            if not trainings or len(trial.trainings) > 1 or self._progress(trial, trainings).failed:
+                return
+            ((member, training),) = trainings.items()
+            write_checkpoint(
+                checkpoint_path(self._folder, trial.number),
+                training.program.best_model(training.state),
+                self._progress(trial, trainings),
+                trial,
+                self._training,
+                self._features,
+                self._fold(member.fold).scaling,
+                self._header,
+            )
 
     def _train(
         self, trial: Assignment, member: Member, training: _Training, epochs: int
@@ -139,9 +176,10 @@ class LocalBackend:
             huber_delta=float(trial.configuration["huber_delta"]),
         )
         arrays = self._fold(member.fold).arrays
-        state, curve = training.program.advance(
-            training.state, arrays, hyperparameters, epochs - training.epochs
-        )
+        with self.meter.spending("training"):
+            state, curve = training.program.advance(
+                training.state, arrays, hyperparameters, epochs - training.epochs
+            )
         series = dict(
             zip(
                 CURVE_SERIES,
@@ -191,6 +229,7 @@ class LocalBackend:
         comes of a trial is the same either way.
         """
         program = self._program(trial)
+        self._compile(program, self._fold(member.fold).arrays)
         try:
             state, notes = program.load_state(self._state_path(trial, member))
             if notes["trial"] == self._key(trial, member):
@@ -222,29 +261,46 @@ class LocalBackend:
 
     def _fold(self, number: int) -> _FoldRows:
         """Scale a fold by its own training rows and put it on the device, once."""
-        if number not in self._folds:
-            from desisky_tune.training.program import training_arrays
-            from desisky_tune.training.scaling import Scaling
+        with self._lock:
+            if number not in self._folds:
+                from desisky_tune.training.program import training_arrays
+                from desisky_tune.training.scaling import Scaling
 
-            train, validation = self._rows.training_rows(number), self._rows.validation_rows(number)
-            scaling = Scaling.fit(*train)
-            arrays = training_arrays(*train, *validation, scaling)
-            self._folds[number] = _FoldRows(scaling, arrays, len(validation[0]))
-        return self._folds[number]
+                train = self._rows.training_rows(number)
+                validation = self._rows.validation_rows(number)
+                scaling = Scaling.fit(*train)
+                arrays = training_arrays(*train, *validation, scaling)
+                self._folds[number] = _FoldRows(scaling, arrays, len(validation[0]))
+            return self._folds[number]
 
     def _program(self, trial: Assignment) -> Any:
         from desisky_tune.training.program import program_for
 
-        return program_for(
-            in_size=len(self._features),
-            out_size=len(BANDS),
-            width=int(trial.configuration["width"]),
-            depth=int(trial.configuration["depth"]),
-            batch_size=int(trial.configuration["batch_size"]),
-            loss=self._training.loss,
-            select="rmse",
-            epochs=self._training.epochs,
-        )
+        with self._lock:  # two threads that asked at once would get two programs
+            return program_for(
+                in_size=len(self._features),
+                out_size=len(BANDS),
+                width=int(trial.configuration["width"]),
+                depth=int(trial.configuration["depth"]),
+                batch_size=int(trial.configuration["batch_size"]),
+                loss=self._training.loss,
+                select="rmse",
+                epochs=self._training.epochs,
+            )
+
+    def _compile(self, program: Any, arrays: TrainingArrays) -> None:
+        """Compile a program, where it has to be: once, by the first thread that needs it."""
+        prepare = getattr(program, "prepare", None)
+        if prepare is None:
+            return  # native code
+        shapes = tuple(part.shape for part in arrays)
+        with self._lock:
+            compiled = self._compiled.setdefault(program, {}).setdefault(shapes, _Compiled())
+        with compiled.lock:
+            if not compiled.done:
+                with self.meter.spending("compiling"):
+                    prepare(arrays)
+                compiled.done = True
 
 
 def state_path(folder: Path, number: int, member: Member | None = None) -> Path:
@@ -309,11 +365,11 @@ def write_checkpoint(
 
 
 def process_environment(*, gpu: bool) -> dict[str, str]:
-    """What must stand in the environment of a trial's process before JAX is imported there.
+    """What must stand in the environment of a process that trains before JAX is imported there.
 
     Compiled programs are kept in the user's cache folder: a shape that any earlier trial
-    or search has used costs a tenth of its compile. A trial that asked for no GPU must
-    not take one: Ray leaves all of them visible to it.
+    or search has used costs a tenth of its compile. Who trains on the CPU must not take a
+    GPU: Ray leaves all of them visible to it.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     defaults = {

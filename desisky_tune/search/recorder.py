@@ -10,7 +10,7 @@ from typing import Any
 
 from ray.tune import Callback, Stopper
 
-from desisky_tune.errors import StorageError
+from desisky_tune.errors import EngineError, StorageError
 from desisky_tune.search.events import Event, EventSink, TrialFinished, TrialReported
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.local import sweep
@@ -70,7 +70,7 @@ class Recorder(Callback):
         #: Numbers of the trials whose process died and that may be tried once more.
         self.died: set[int] = set()
         #: Why nothing more can be written, which ends the session; None while all is well.
-        self.broken: StorageError | None = None
+        self.broken: StorageError | EngineError | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the watcher: Ray Tune pickles its callbacks to disk."""
@@ -120,10 +120,13 @@ class Recorder(Callback):
         number, _ = _identity(trial)
         self._deaths[number] += 1
         reason = _reason(trial)
-        if "StorageError: " in reason:
-            # Not this trial's fault, and the next one would meet it too.
-            self.broken = self.broken or StorageError(reason.split("StorageError: ", 1)[1])
-        elif self._deaths[number] <= self._max_deaths:
+        for fault in (StorageError, EngineError):
+            if f"{fault.__name__}: " in reason:
+                # Not this trial's fault, and the next one would meet it too.
+                what = reason.split(f"{fault.__name__}: ", 1)[1]
+                self.broken = self.broken or fault(what)
+                return
+        if self._deaths[number] <= self._max_deaths:
             self.died.add(number)
         else:
             self._record(trial, trial.last_result or {}, reason=reason)
