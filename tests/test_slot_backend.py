@@ -17,15 +17,17 @@ from desisky_tune.errors import DesiskyTuneError, InputError
 from desisky_tune.io import load_model
 from desisky_tune.search.arrays import Fold, SearchArrays
 from desisky_tune.search.backend import Assignment, Member, Progress
+from desisky_tune.search.engine import Work, make_backend
 from desisky_tune.search.local import LocalBackend, checkpoint_path, state_path
 from desisky_tune.search.slot_backend import SlotBackend
 from desisky_tune.search.slot_banks import OutOfDeviceMemoryError, SlotBanks
-from desisky_tune.search.slot_settings import FILE
-from desisky_tune.search.space import TrainingSpec
+from desisky_tune.search.slot_settings import FILE, SlotPlan, expected_trainings
+from desisky_tune.search.space import TrainingSpec, spec_from_dict
 from desisky_tune.training import slot_count
 from desisky_tune.training.metrics import band_rmse
 from desisky_tune.training.slot_rows import FoldRows, SlotRows, slot_rows
 from desisky_tune.training.slots import SlotProgram, SlotShape
+from desisky_tune.training.widths import padded_width
 
 TRAINING = TrainingSpec(epochs=12)
 CONFIGURATION = {
@@ -235,7 +237,7 @@ def small_rows(arrays: SearchArrays) -> SlotRows:
     ("width", "padded"), [(1, 32), (32, 32), (33, 64), (148, 256), (512, 512), (513, 1024)]
 )
 def test_widths_are_padded_to_a_ladder(width, padded):
-    assert slot_count.padded_width(width) == padded
+    assert padded_width(width) == padded
 
 
 def test_a_calibration_stops_where_more_slots_train_no_faster(arrays):
@@ -258,17 +260,21 @@ def test_memory_bounds_the_slots(arrays):
     assert one > 4 * 4 * weights
 
 
-def test_programs_of_other_widths_move_as_many_bytes(arrays):
-    rows = small_rows(arrays)
+def test_programs_of_other_widths_move_as_many_bytes():
     reference = SlotShape(5, 128, 32, 64)
     of = {
-        width: slot_count.scaled_slots(replace(reference, width=width), reference, rows, 2**40)
+        width: slot_count.scaled_slots(replace(reference, width=width), reference)
         for width in (32, 128, 512)
     }
     assert of[128] == 64
+    # Four times the width, sixteen times the bytes of the square matrices, and a little less.
     assert of[512] == 4
-    assert of[32] == 512
-    assert slot_count.scaled_slots(reference, reference, rows, 1) == 1
+    assert 16 / 1.3 < of[32] / 64 < 16
+
+
+@pytest.mark.parametrize(("slots", "rounded"), [(0, 1), (1, 1), (3, 2), (64, 64), (127, 64)])
+def test_slots_are_rounded_to_powers_of_two(slots, rounded):
+    assert slot_count.power_of_two(slots) == rounded
 
 
 def test_the_number_of_slots_is_settled_once_for_a_run(arrays, tmp_path, monkeypatch):
@@ -279,12 +285,44 @@ def test_the_number_of_slots_is_settled_once_for_a_run(arrays, tmp_path, monkeyp
         return max(1.0, shape.slots / 2)
 
     monkeypatch.setattr(slot_count, "epoch_seconds", time_epoch)
-    for _ in range(2):
-        opened = SlotBackend(arrays, TRAINING, tmp_path)
-        assert opened.advance(trial(), 1).epochs == 1
-        opened.close()
+    rows = small_rows(arrays)
+    plan = SlotPlan(rows, tmp_path, "huber", expected=16)
+    # Two slots of the default architecture move more bytes than 16 of this one can be filled.
+    assert plan.shape(CONFIGURATION).slots == 16
+    assert plan.shape({**CONFIGURATION, "width": 512, "depth": 5}).slots == 1
+    assert timed == [1, 2, 4]
+    again = SlotPlan(rows, tmp_path, "huber", expected=400)
+    assert again.shape(CONFIGURATION).slots == 16
     assert timed == [1, 2, 4]
     assert (tmp_path / FILE).exists()
+
+
+def test_slots_that_nobody_could_fill_are_not_tried(arrays, tmp_path, monkeypatch):
+    monkeypatch.setattr(slot_count, "epoch_seconds", lambda *_: pytest.fail("was timed"))
+    plan = SlotPlan(small_rows(arrays), tmp_path, "huber", expected=1)
+    assert plan.shape(CONFIGURATION).slots == 1
+
+
+def test_trainings_of_one_shape_follow_from_the_settings():
+    """Two depths, three padded widths, one batch size: six shapes."""
+    space = {"depth": {"choices": [2, 3]}, "width": {"low": 16, "high": 100}, "batch_size": 32}
+    several = {"folds": 3, "seeds": 2}
+    spec = spec_from_dict({"space": space, "evaluation": several})
+    assert expected_trainings(spec, 60) == 60 * 6 // 6
+    assert expected_trainings(spec, 1) == 6
+    alone = spec_from_dict({"space": space})
+    assert expected_trainings(alone, 60) == 10
+
+
+def test_a_gpus_engine_trains_in_slots(arrays, tmp_path):
+    work = Work("run", TRAINING, tmp_path, {}, trainings=1)
+    backend = make_backend("gpu", work, arrays)
+    assert backend.advance(trial(), 2).epochs == 2
+    assert backend.lanes == 1
+    spent = backend.meter.seconds()
+    assert spent["compiling"] > 0
+    assert spent["training"] > 0
+    backend.close()
 
 
 def test_a_number_of_slots_must_be_one(arrays, tmp_path):

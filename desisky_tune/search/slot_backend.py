@@ -65,9 +65,20 @@ class SlotBackend:
     slots
         Trainings side by side in a program; None for what a calibration finds (see
         `desisky_tune.search.slot_settings`), which is kept in `folder` for whoever goes on there.
+    expected
+        Trainings of one shape that may be under way at a time: bounds what a calibration finds.
     precision
         Of the matrix products on a GPU: "float32", "tf32x3" or "tf32".
+
+    Attributes
+    ----------
+    lanes
+        Places whose time counts: the device is one.
+    meter
+        How long was compiled, and how long the device trained.
     """
+
+    lanes = 1
 
     def __init__(
         self,
@@ -77,6 +88,7 @@ class SlotBackend:
         header: Mapping[str, Any] | None = None,
         *,
         slots: int | None = None,
+        expected: int | None = None,
         precision: str = "float32",
     ) -> None:
         from desisky_tune.search.slot_settings import SlotPlan
@@ -91,8 +103,9 @@ class SlotBackend:
             for fold in arrays.folds
         ]
         rows = slot_rows(arrays.inputs, arrays.targets, self._folds)
-        self._plan = SlotPlan(rows, folder, training.loss, slots, precision)
+        self._plan = SlotPlan(rows, folder, training.loss, slots, expected, precision)
         self._banks = SlotBanks(rows)
+        self.meter = self._banks.meter
         self._trials: dict[int, _Trial] = {}
         self._lock = threading.Lock()
 
@@ -150,7 +163,7 @@ class SlotBackend:
                 self._header,
             )
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, int]:
         """Return what the device does: see `SlotBanks.figures`."""
         return self._banks.figures()
 

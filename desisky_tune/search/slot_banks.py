@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from desisky_tune.errors import DesiskyTuneError
+from desisky_tune.search.figures import Meter
 from desisky_tune.search.slot_bank import Bank, Group, Outcome, Seat, Work
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ class SlotBanks:
         On the device.
     memory
         Bytes that banks may take together; by default a share of what the device has.
+
+    Attributes
+    ----------
+    meter
+        How long was compiled, by all callers together, and how long the device trained.
     """
 
     def __init__(self, rows: SlotRows, memory: int | None = None) -> None:
@@ -56,8 +62,8 @@ class SlotBanks:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._seconds = {"training": 0.0, "compiling": 0.0, "waiting": 0.0}
         self._epochs = 0
+        self.meter = Meter()
 
     def train(self, works: Sequence[Work]) -> dict[Hashable, Outcome]:
         """Take trainings to their goals, or until they fail; return when all are there.
@@ -98,8 +104,8 @@ class SlotBanks:
                 bank.leave(slot)
                 self._changed.notify_all()
 
-    def figures(self) -> dict[str, float]:
-        """Return slots in all and busy, epochs of all trainings, and seconds by kind."""
+    def figures(self) -> dict[str, int]:
+        """Return slots in all and busy, programs compiled, and epochs of all trainings."""
         with self._changed:
             banks = [bank for kind in self._banks.values() for bank in kind]
             return {
@@ -107,7 +113,6 @@ class SlotBanks:
                 "slots_busy": sum(len(bank.working()) for bank in banks),
                 "programs": len(self._programs),
                 "epochs": self._epochs,
-                **{f"seconds_{kind}": value for kind, value in self._seconds.items()},
             }
 
     def close(self) -> None:
@@ -132,12 +137,15 @@ class SlotBanks:
             if shape in self._programs:
                 return
             program = slot_program(shape)
-            began = time.perf_counter()
-            while not self._found_room(shape, lambda: program.compile(self._rows)):
-                began = time.perf_counter()
+
+            def compile_it() -> None:
+                with self.meter.spending("compiling"):
+                    program.compile(self._rows)
+
+            while not self._found_room(shape, compile_it):
+                pass
             with self._changed:
                 self._programs[shape] = program
-                self._seconds["compiling"] += time.perf_counter() - began
 
     def _open(self, shape: SlotShape) -> None:
         """Open another bank, unless somebody else just has."""
@@ -189,7 +197,9 @@ class SlotBanks:
         return bool(idle)
 
     def _close_bank(self, bank: Bank) -> None:
-        self._banks[bank.program.shape].remove(bank)
+        kind = self._banks[bank.program.shape]
+        if bank in kind:
+            kind.remove(bank)
         bank.states = None
         for key in [key for key, place in self._places.items() if place[0] is bank]:
             del self._places[key]
@@ -249,10 +259,8 @@ class SlotBanks:
         turn = 0
         while True:
             with self._changed:
-                began = time.perf_counter()
                 while not (busy := self._busy()) and not self._closed:
                     self._changed.wait()
-                self._seconds["waiting"] += time.perf_counter() - began
                 if self._closed:
                     self._end(DesiskyTuneError("the slots of this device were closed"))
                     return
@@ -290,7 +298,7 @@ class SlotBanks:
             if curve.failed or self._epochs_of(seat) >= self._goal(seat):
                 ended[slot] = bank.program.take(bank.states, slot)
         with self._changed:
-            self._seconds["training"] += seconds
+            self.meter.add("training", seconds)
             self._epochs += int(curves.done.sum())
             for slot, words in ended.items():
                 self._deliver(bank, slot, seats[slot], words)

@@ -1,7 +1,7 @@
-"""How wide a slot is padded, and how many slots a program has.
+"""How many slots a program has.
 
-Both follow from the configuration and the settings of a run, never from what happens to run beside:
-a trial's numbers depend on them (`desisky_tune.training.slots`).
+The number follows from the configuration and the settings of a run, never from what happens to run
+beside: a trial's numbers depend on it (`desisky_tune.training.slots`).
 """
 
 from __future__ import annotations
@@ -26,10 +26,6 @@ from desisky_tune.training.slots import (
     SlotShape,
 )
 
-#: Widths that hidden layers are padded to. A step of twice the width moves four times the bytes;
-#: each further width is one more compile for every depth.
-WIDTHS = (32, 64, 128, 256, 512)
-
 #: Twice the slots must finish this many times the trainings to be worth it.
 WORTHWHILE = 1.1
 
@@ -38,17 +34,6 @@ MEMORY_SHARE = 0.8
 
 #: Slots are counted at this shape, the documented default architecture.
 REFERENCE = {"depth": 5, "width": 128, "batch_size": 32}
-
-
-def padded_width(width: int) -> int:
-    """Return the width that hidden layers of `width` units are padded to.
-
-    The next of `WIDTHS`, above them the next multiple of 512.
-    """
-    for step in WIDTHS:
-        if width <= step:
-            return step
-    return -(-width // WIDTHS[-1]) * WIDTHS[-1]
 
 
 def footprint(shape: SlotShape, rows: SlotRows) -> int:
@@ -90,7 +75,8 @@ class Calibration:
     slots
         The number that it chose.
     seconds
-        Seconds of an epoch of all slots, by the number of slots tried.
+        Seconds of an epoch of all slots, by the number of slots tried; none where memory left
+        no choice.
     """
 
     slots: int
@@ -122,6 +108,8 @@ def calibrate(
     """
     measure = time_epoch or epoch_seconds
     slots = min(first, most)
+    if 2 * slots > most:
+        return Calibration(slots, {})
     seconds = {slots: measure(replace(shape, slots=slots), rows)}
     while 2 * slots <= most:
         seconds[2 * slots] = measure(replace(shape, slots=2 * slots), rows)
@@ -161,15 +149,15 @@ def filled(program: SlotProgram) -> tuple[Any, SlotSettings]:
     return states._replace(seed=seeds), wanted
 
 
-def scaled_slots(shape: SlotShape, reference: SlotShape, rows: SlotRows, memory: int) -> int:
-    """Return the slots of a shape that move as many bytes a step as the reference does.
-
-    A power of two, at least 1, and no more than fit into memory.
-    """
+def scaled_slots(shape: SlotShape, reference: SlotShape) -> int:
+    """Return the slots of a shape that move as many bytes a step as the reference does."""
     ours, theirs = (SlotProgram(each).bytes_per_slot() for each in (shape, reference))
-    wanted = reference.slots * theirs / ours
-    most = max(1, int(min(wanted, most_slots(shape, rows, memory))))
-    return 1 << (most.bit_length() - 1)
+    return max(1, int(reference.slots * theirs / ours))
+
+
+def power_of_two(slots: int) -> int:
+    """Return the largest power of two that is at most `slots` (at least 1)."""
+    return 1 << (max(1, slots).bit_length() - 1)
 
 
 def first_try() -> int:
