@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -395,3 +398,21 @@ def test_rows_say_what_is_wrong_with_a_fold(positions, message):
     fold = FoldRows(train, np.asarray(positions, np.int64), scaling)
     with pytest.raises(InputError, match=message):
         slot_rows(inputs, targets, [fold])
+
+
+# ---------------------------------------------------------------------- on a bare machine
+
+
+def test_the_benchmark_needs_jax_alone():
+    """A machine with an accelerator may have JAX, Equinox and optax, and nothing else."""
+    script = Path(__file__).parents[1] / "benchmarks" / "gpu_slots.py"
+    missing = ("ray", "pydantic", "typer", "rich", "optuna", "pandas", "pyarrow", "astropy", "yaml")
+    code = (
+        "import runpy, sys\n"
+        f"sys.modules.update(dict.fromkeys({missing!r}))\n"
+        f"sys.argv, sys.path[:0] = [{str(script)!r}, '--help'], [{str(script.parent)!r}]\n"
+        f"runpy.run_path({str(script)!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--slots" in done.stdout
