@@ -143,6 +143,7 @@ class Dispatcher(Roster):
         """
         async with self._changed:
             self._over.add(number)
+            self._changed.notify_all()
             home = self._homes.pop(number, None)
             if home is None:
                 return
@@ -152,7 +153,6 @@ class Dispatcher(Roster):
                 release = asyncio.ensure_future(_quietly(engine.handle.release.remote(number)))
                 self._releases.add(release)
                 release.add_done_callback(self._releases.discard)
-            self._changed.notify_all()
 
     async def drain(self) -> None:
         """Wait until the engines have kept what was released."""
