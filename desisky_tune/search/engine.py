@@ -44,12 +44,15 @@ class Work:
         Where the states and the checkpoints of the trials are written.
     header
         Further keys for the header of each checkpoint.
+    trainings
+        Trainings of one shape that a GPU may have under way at a time; None for any number.
     """
 
     run: str
     training: TrainingSpec
     folder: Path
     header: Mapping[str, Any]
+    trainings: int | None = None
 
 
 def make_backend(device: Device, work: Work, arrays: SearchArrays) -> Backend:
@@ -59,6 +62,10 @@ def make_backend(device: Device, work: Work, arrays: SearchArrays) -> Backend:
     A backend that has a `meter` (`desisky_tune.search.figures.Meter`) tells by it what its
     time goes into; one that runs all slots in one program has ``lanes = 1``.
     """
+    if device == "gpu":
+        from desisky_tune.search.slot_backend import SlotBackend
+
+        return SlotBackend(arrays, work.training, work.folder, work.header, expected=work.trainings)
     from desisky_tune.search.local import LocalBackend
 
     return LocalBackend(arrays, work.training, work.folder, work.header)

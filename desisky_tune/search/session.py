@@ -39,6 +39,7 @@ from desisky_tune.search.recorder import GiveUp, Recorder
 from desisky_tune.search.records import Ledger, TrialRecord, best_record, remaining_trials
 from desisky_tune.search.schedulers import make_scheduler
 from desisky_tune.search.searcher import StudySearch, rebuild_study
+from desisky_tune.search.slot_settings import expected_trainings
 from desisky_tune.search.space import rungs
 from desisky_tune.search.trial import SearchTrial, TrialPlan
 
@@ -155,7 +156,13 @@ def _run_session(
         seed=spec.training.seed,
         emit=emit,
     )
-    work = Work(folder.name, spec.training, folder.trials, checkpoint_header(run))
+    work = Work(
+        folder.name,
+        spec.training,
+        folder.trials,
+        checkpoint_header(run),
+        expected_trainings(spec, in_flight),
+    )
     with running_engines(ray, plans, work, search_arrays(run), in_flight) as engines:
         _fit(run, recorder, known, engines, in_flight, deadline, ray=ray, emit=emit)
         figures = engines.close(len(recorder.records) - len(known))

@@ -1,0 +1,296 @@
+"""The backend that trains many trials at once in the slots of one device.
+
+`advance` is called by many threads, each for a trial of its own, and returns when that trial
+stands at its rung; meanwhile one thread runs the slots of all of them
+(`desisky_tune.search.slot_banks`). What is on disk is what `LocalBackend` leaves: states at the
+rungs, checkpoints of best weights, at the true width.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from desisky_tune.data.columns import BANDS
+from desisky_tune.errors import CheckpointError, MissingFileError
+from desisky_tune.search.arrays import SearchArrays
+from desisky_tune.search.backend import CURVE_SERIES, Assignment, Member, Progress
+from desisky_tune.search.local import checkpoint_path, state_path, write_checkpoint
+from desisky_tune.search.pooling import MemberCurve, pooled_progress
+from desisky_tune.search.slot_banks import Outcome, SlotBanks, Work
+
+if TYPE_CHECKING:
+    from desisky_tune.search.space import TrainingSpec
+    from desisky_tune.training.slots import SlotShape
+
+
+@dataclass(frozen=True)
+class _Training:
+    """One member under way: where it stands, and what it has measured."""
+
+    state: Any
+    epochs: int
+    seconds: float
+    curve: dict[str, list[float]]
+    objectives: list[float]
+    failed: bool = False
+
+
+class _Trial:
+    """The members of a trial; whoever changes them holds the lock."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.trainings: dict[Member, _Training] = {}
+
+
+class SlotBackend:
+    """Trains the trials of many callers at once, on one device.
+
+    Parameters
+    ----------
+    arrays
+        The rows to train and to choose on.
+    training
+        What all trials share: epochs, loss.
+    folder
+        Where the states and the checkpoints of the trials are written.
+    header
+        Further keys for the header of each checkpoint: where it comes from.
+    slots
+        Trainings side by side in a program; None for what a calibration finds (see
+        `desisky_tune.search.slot_settings`), which is kept in `folder` for whoever goes on there.
+    expected
+        Trainings of one shape that may be under way at a time: bounds what a calibration finds.
+    precision
+        Of the matrix products on a GPU: "float32", "tf32x3" or "tf32".
+
+    Attributes
+    ----------
+    lanes
+        Places whose time counts: the device is one.
+    meter
+        How long was compiled, and how long the device trained.
+    """
+
+    lanes = 1
+
+    def __init__(
+        self,
+        arrays: SearchArrays,
+        training: TrainingSpec,
+        folder: Path,
+        header: Mapping[str, Any] | None = None,
+        *,
+        slots: int | None = None,
+        expected: int | None = None,
+        precision: str = "float32",
+    ) -> None:
+        from desisky_tune.search.slot_settings import SlotPlan
+        from desisky_tune.training.slot_rows import FoldRows, slot_rows
+
+        self._training = training
+        self._folder = folder
+        self._header = dict(header or {})
+        self._features = arrays.features
+        self._folds = [
+            FoldRows.of(arrays.inputs, arrays.targets, fold.train, fold.validation)
+            for fold in arrays.folds
+        ]
+        rows = slot_rows(arrays.inputs, arrays.targets, self._folds)
+        self._plan = SlotPlan(rows, folder, training.loss, slots, expected, precision)
+        self._banks = SlotBanks(rows)
+        self.meter = self._banks.meter
+        self._trials: dict[int, _Trial] = {}
+        self._lock = threading.Lock()
+
+    def advance(self, trial: Assignment, epochs: int) -> Progress:
+        """Train on to `epochs` epochs in total; the states are on disk when this returns.
+
+        Raises
+        ------
+        OutOfDeviceMemoryError
+            When the trial does not fit the device's memory.
+        """
+        with self._lock:
+            running = self._trials.setdefault(trial.number, _Trial())
+        with running.lock:
+            shape = self._plan.shape(trial.configuration)
+            if not running.trainings:
+                # Weights of an unfinished trial, which an interrupt left, are not its last.
+                checkpoint_path(self._folder, trial.number).unlink(missing_ok=True)
+                for member in trial.trainings:
+                    running.trainings[member] = self._open(trial, member, shape)
+            self._train(trial, running.trainings, shape, epochs)
+            return self._progress(trial, running.trainings)
+
+    def release(self, trial: Assignment) -> None:
+        """Keep the best weights of a trial, and forget it here.
+
+        Its states stay on disk, as `LocalBackend.release` says; a trial of several members has
+        no weights of its own: none are kept.
+        """
+        from desisky_tune.training.slot_state import model_of
+
+        with self._lock:
+            running = self._trials.pop(trial.number, None)
+        if running is None:
+            return
+        with running.lock:
+            for member in running.trainings:
+                self._banks.leave((trial.number, member))
+            if len(running.trainings) != 1 or self._progress(trial, running.trainings).failed:
+                return
+            ((member, training),) = running.trainings.items()
+            write_checkpoint(
+                checkpoint_path(self._folder, trial.number),
+                model_of(
+                    training.state.best_parameters,
+                    len(self._features),
+                    len(BANDS),
+                    int(trial.configuration["width"]),
+                ),
+                self._progress(trial, running.trainings),
+                trial,
+                self._training,
+                self._features,
+                self._folds[member.fold].scaling,
+                self._header,
+            )
+
+    def figures(self) -> dict[str, int]:
+        """Return what the device does: see `SlotBanks.figures`."""
+        return self._banks.figures()
+
+    def close(self) -> None:
+        """End the thread that runs the slots."""
+        self._banks.close()
+
+    def _train(
+        self,
+        trial: Assignment,
+        trainings: dict[Member, _Training],
+        shape: SlotShape,
+        epochs: int,
+    ) -> None:
+        works = [
+            Work(
+                key=(trial.number, member),
+                shape=shape,
+                state=training.state,
+                learning_rate=float(trial.configuration["learning_rate"]),
+                huber_delta=float(trial.configuration["huber_delta"]),
+                fold=member.fold,
+                target=epochs,
+            )
+            for member, training in trainings.items()
+            if training.epochs < epochs and not training.failed
+        ]
+        if not works:
+            return
+        outcomes = self._banks.train(works)
+        for member in list(trainings):
+            if (outcome := outcomes.get((trial.number, member))) is not None:
+                trainings[member] = self._after(trial, trainings[member], outcome, shape)
+                if not trainings[member].failed:
+                    self._save(trial, member, trainings[member], shape)
+
+    def _after(
+        self, trial: Assignment, training: _Training, outcome: Outcome, shape: SlotShape
+    ) -> _Training:
+        """Add an outcome to what a member has measured."""
+        from desisky_tune.training.slots import slot_program
+
+        curves = outcome.curves
+        table = np.concatenate(
+            [
+                np.column_stack([curve.train_loss, curve.test_loss, curve.rmse, curve.objective])
+                for curve in curves
+            ]
+        )
+        *series, objectives = table.T
+        width = int(trial.configuration["width"])
+        return replace(
+            training,
+            state=slot_program(shape).state_of(outcome.words, width),
+            epochs=training.epochs + len(table),
+            seconds=training.seconds + outcome.seconds,
+            curve={
+                name: [*training.curve.get(name, ()), *map(float, values)]
+                for name, values in zip(CURVE_SERIES, series, strict=True)
+            },
+            objectives=[*training.objectives, *map(float, objectives)],
+            failed=curves[-1].failed,
+        )
+
+    def _progress(self, trial: Assignment, trainings: Mapping[Member, _Training]) -> Progress:
+        """Say where a trial stands: at the best epoch so far of its members together."""
+        curves = [
+            MemberCurve(
+                member,
+                len(self._folds[member.fold].validation),
+                training.curve,
+                training.objectives,
+            )
+            for member, training in trainings.items()
+        ]
+        seconds = sum(training.seconds for training in trainings.values())
+        for member, training in trainings.items():
+            if training.failed or not training.epochs:
+                where = f" (fold {member.fold}, seed {member.seed})" if trial.members else ""
+                reason = (
+                    "training diverged: a loss was not finite in epoch"
+                    f" {training.epochs - 1}{where}"
+                )
+                return pooled_progress(curves, seconds, reason)
+        return pooled_progress(curves, seconds)
+
+    def _open(self, trial: Assignment, member: Member, shape: SlotShape) -> _Training:
+        """Begin a member, or take it up from the state that it left.
+
+        A state that cannot be read, or is another configuration's or shape's, is begun anew:
+        what comes of a trial is the same either way.
+        """
+        from desisky_tune.training.slot_state import fresh_state
+        from desisky_tune.training.state_file import read_state
+
+        sizes = len(self._features), len(BANDS), int(trial.configuration["width"]), shape.depth
+        fresh = fresh_state(*sizes, member.seed)
+        try:
+            state, notes = read_state(self._state_path(trial, member), fresh)
+            if notes["trial"] == self._key(trial, member, shape):
+                return _Training(state, **notes["progress"])
+        except (MissingFileError, CheckpointError, KeyError, TypeError):
+            pass
+        return _Training(fresh, 0, 0.0, {}, [])
+
+    def _save(
+        self, trial: Assignment, member: Member, training: _Training, shape: SlotShape
+    ) -> None:
+        from desisky_tune.training.state_file import write_state
+
+        progress = {
+            "epochs": training.epochs,
+            "seconds": training.seconds,
+            "curve": training.curve,
+            "objectives": training.objectives,
+        }
+        notes = {"trial": self._key(trial, member, shape), "progress": progress}
+        write_state(self._state_path(trial, member), training.state, notes)
+
+    def _state_path(self, trial: Assignment, member: Member) -> Path:
+        return state_path(self._folder, trial.number, member if trial.members else None)
+
+    def _key(self, trial: Assignment, member: Member, shape: SlotShape) -> dict[str, Any]:
+        return {
+            "number": trial.number,
+            "configuration": dict(trial.configuration),
+            "seed": member.seed,
+            "scaling": self._folds[member.fold].scaling.as_dict(),
+            "shape": asdict(shape),
+        }
