@@ -11,10 +11,11 @@ from typing import Any
 from ray.tune import Callback, Stopper
 
 from desisky_tune.errors import StorageError
-from desisky_tune.search.events import Event, EventSink, TrialFinished, TrialReported
+from desisky_tune.search.events import Event, EventSink, Note, TrialFinished, TrialReported
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.local import sweep
 from desisky_tune.search.records import Ledger, TrialRecord, best_record, finish
+from desisky_tune.search.stopping import StopRequest
 
 #: Trials that may fail one after another, before any has completed, until a search gives up.
 FAILURES_IN_A_ROW = 8
@@ -41,6 +42,8 @@ class Recorder(Callback):
         Training seed of the trials.
     emit
         Told of each report and each finished trial.
+    stop
+        Told which trials run and report, so that a search that is to end waits for them.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Recorder(Callback):
         deaths: Counter[int],
         seed: int,
         emit: EventSink,
+        stop: StopRequest | None = None,
     ) -> None:
         self._folder = folder
         self._ledger = Ledger(folder.ledger)
@@ -66,6 +70,8 @@ class Recorder(Callback):
         self._deaths = deaths
         self._seed = seed
         self._emit = emit
+        self._stop = stop or StopRequest()
+        self._told_of_stop = False
         self.failures_in_a_row = 0
         #: Numbers of the trials whose process died and that may be tried once more.
         self.died: set[int] = set()
@@ -91,6 +97,7 @@ class Recorder(Callback):
         """Write down that a trial was handed out, before its first epoch."""
         number, configuration = _identity(trial)
         self._clock.setdefault(number, time.time())
+        self._stop.began(number)
         if number not in self._started:
             self._started.add(number)
             with self._keeping_faults():
@@ -101,16 +108,20 @@ class Recorder(Callback):
     ) -> None:
         """Pass a report on."""
         number, _ = _identity(trial)
+        self._stop.reported(number)
         if result.get("reason") is None:
             self._emit(TrialReported(number, int(result["epochs"]), float(result["objective"])))
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Record a trial that ended by itself or was pruned."""
+        self._stop.ended(_identity(trial)[0])
         self._record(trial, trial.last_result, reason=trial.last_result.get("reason"))
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Count a death after which Ray Tune starts the trial again by itself."""
-        self._deaths[_identity(trial)[0]] += 1
+        number, _ = _identity(trial)
+        self._stop.ended(number)
+        self._deaths[number] += 1
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Record a trial whose process died more often than it may.
@@ -118,6 +129,7 @@ class Recorder(Callback):
         Ray Tune gives a trial up at once when its process dies between two trials.
         """
         number, _ = _identity(trial)
+        self._stop.ended(number)
         self._deaths[number] += 1
         reason = _reason(trial)
         if "StorageError: " in reason:
@@ -127,6 +139,18 @@ class Recorder(Callback):
             self.died.add(number)
         else:
             self._record(trial, trial.last_result or {}, reason=reason)
+
+    def has_to_end(self) -> bool:
+        """Whether the session is to end now: asked to, hopeless, or unable to write."""
+        if self._stop.asked is not None and not self._told_of_stop:
+            self._told_of_stop = True
+            self._emit(
+                Note(
+                    f"{self._stop.name}: the trials that run finish their rungs, for up to "
+                    f"{self._stop.grace:g} s; a second one ends the search at once"
+                )
+            )
+        return self._stop.is_due or self.gives_up or self.broken is not None
 
     @contextmanager
     def _keeping_faults(self) -> Iterator[None]:
@@ -173,8 +197,8 @@ class GiveUp(Stopper):
         return False
 
     def stop_all(self) -> bool:
-        """Stop everything when the recorder gives up, or can write no more."""
-        return self._recorder.gives_up or self._recorder.broken is not None
+        """Stop everything when the recorder says so."""
+        return self._recorder.has_to_end()
 
 
 def _identity(trial: Any) -> tuple[int, dict[str, Any]]:

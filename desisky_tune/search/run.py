@@ -31,6 +31,7 @@ from desisky_tune.search.records import (
     write_tables,
 )
 from desisky_tune.search.space import SearchSpec, load_spec
+from desisky_tune.search.stopping import StopRequest, stop_signals
 from desisky_tune.search.winner import crown
 
 if TYPE_CHECKING:
@@ -106,25 +107,30 @@ def run_search(
     SearchError
         When no trial completed.
     SearchInterrupted
-        On Ctrl-C, or when the time limit ended the search early without a complete trial.
+        On SIGTERM and Ctrl-C, or when the time limit ended the search early without a
+        complete trial. No winner is chosen or measured then.
     """
     if isinstance(spec, str):
         spec = load_spec(spec)
     emit = on_event or _ignore
     started = time.time()
-    # A table needs no Ray, so that its faults are told before one is started.
-    table = None if needs_ray(spec.data.source) else _features(spec)
-    with ray_session(address=address, dashboard=dashboard) as ray:
-        table = table or _features(spec, address=address)
-        split = make_split(
-            table.frame, spec.split.by, fractions=spec.split.fractions, seed=spec.split.seed
-        )
-        folder = RunFolder.create(runs, spec.name if name is None else name, exact=name is not None)
-        run = SearchRun(folder, spec, table, split)
-        with folder.lock():
-            write_run(run)
-            _search(run, ray, emit, local=address is None)
-            return _finish(run, emit, started)
+    with stop_signals() as stop:
+        # A table needs no Ray, so that its faults are told before one is started.
+        table = None if needs_ray(spec.data.source) else _features(spec)
+        with ray_session(address=address, dashboard=dashboard) as ray:
+            stop.listen()
+            table = table or _features(spec, address=address)
+            split = make_split(
+                table.frame, spec.split.by, fractions=spec.split.fractions, seed=spec.split.seed
+            )
+            chosen = spec.name if name is None else name
+            folder = RunFolder.create(runs, chosen, exact=name is not None)
+            run = SearchRun(folder, spec, table, split)
+            with folder.lock():
+                write_run(run)
+                stop.run_dir = folder.path
+                _search(run, ray, emit, stop, local=address is None)
+                return _finish(run, emit, started)
 
 
 def resume_search(
@@ -149,16 +155,18 @@ def resume_search(
     emit = on_event or _ignore
     started = time.time()
     run = open_run(run_dir)
-    with run.folder.lock():
+    with run.folder.lock(), stop_signals() as stop:
+        stop.run_dir = run.folder.path
         ended = "result" in run.folder.read_search()
         records = Ledger(run.folder.ledger).records()
         if not ended and remaining_trials(run.spec.search.trials, records):
             with ray_session(address=address, dashboard=dashboard) as ray:
-                _search(run, ray, emit, local=address is None)
+                stop.listen()
+                _search(run, ray, emit, stop, local=address is None)
         return _finish(run, emit, started)
 
 
-def _search(run: SearchRun, ray: Any, emit: EventSink, *, local: bool) -> None:
+def _search(run: SearchRun, ray: Any, emit: EventSink, stop: StopRequest, *, local: bool) -> None:
     """Run the trials that are still to be run."""
     parts = {name: getattr(run.split, name) for name in ("train", "validation", "test")}
     nights = run.table.frame["NIGHT"]
@@ -172,7 +180,7 @@ def _search(run: SearchRun, ray: Any, emit: EventSink, *, local: bool) -> None:
     )
     from desisky_tune.search.session import run_trials  # imports Ray, which has begun
 
-    run_trials(run, ray, emit, local=local)
+    run_trials(run, ray, emit, local=local, stop=stop)
 
 
 def _finish(run: SearchRun, emit: EventSink, started: float) -> SearchResult:

@@ -29,6 +29,7 @@ from desisky_tune.search.records import Ledger, best_record, remaining_trials
 from desisky_tune.search.schedulers import make_scheduler
 from desisky_tune.search.searcher import StudySearch, rebuild_study
 from desisky_tune.search.space import SearchSpec, rungs
+from desisky_tune.search.stopping import StopRequest
 from desisky_tune.search.trial import Roster, SearchTrial, TrialPlan
 
 #: What Ray Tune reads from the environment; the search draws and writes its own.
@@ -37,10 +38,13 @@ TUNE_ENVIRONMENT: Mapping[str, str] = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_WARN_THRESHOLD_S": "60",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
 
 
-def run_trials(run: SearchRun, ray: Any, emit: EventSink, *, local: bool) -> None:
+def run_trials(
+    run: SearchRun, ray: Any, emit: EventSink, *, local: bool, stop: StopRequest | None = None
+) -> None:
     """Run trials until each has a record, or until something ends the search early.
 
     Parameters
@@ -53,23 +57,26 @@ def run_trials(run: SearchRun, ray: Any, emit: EventSink, *, local: bool) -> Non
         Told what happens.
     local
         Whether Ray lives in this process: what it has not now it will never have.
+    stop
+        What signals ask of the search.
 
     Raises
     ------
     SearchError
         When every trial failed, or they failed one after another from the first on.
     SearchInterrupted
-        On Ctrl-C, or when the time limit ended the search without a complete trial.
+        On SIGTERM and Ctrl-C, or when the time limit ended the search without a complete
+        trial.
     StorageError
         When the run's files cannot be written.
     """
-    spec, folder = run.spec, run.folder
+    spec, folder, stop = run.spec, run.folder, stop or StopRequest()
     limit, trials = spec.search.time_limit, spec.search.trials
     deadline = None if limit is None else time.monotonic() + limit
     deaths: Counter[int] = Counter()
     first = True
     while True:
-        recorder = _run_session(run, ray, emit, deaths, deadline, local=local, first=first)
+        recorder = _run_session(run, ray, emit, deaths, deadline, stop, local=local, first=first)
         records, first = recorder.records, False
         if recorder.broken is not None:
             raise recorder.broken
@@ -79,6 +86,8 @@ def run_trials(run: SearchRun, ray: Any, emit: EventSink, *, local: bool) -> Non
             raise SearchError(
                 f"all {failed} trials that ended failed, the first with: {records[0].reason}"
             )
+        if stop.asked is not None:
+            break
         if not unfinished:
             return
         if len(recorder.died) < unfinished:
@@ -88,6 +97,8 @@ def run_trials(run: SearchRun, ray: Any, emit: EventSink, *, local: bool) -> Non
     # Trials under way were not told to the study: it is written anew from the ledger.
     rebuild_study(folder.study, spec, records)
     done = trials - unfinished
+    if stop.asked is not None:
+        raise stop.interruption(done, trials)
     if deadline is None or time.monotonic() < deadline or best_record(records) is None:
         raise SearchInterrupted(folder.path, done, trials)
     emit(Note(f"the time limit of {limit:g} s ended the search after {done} of {trials} trials"))
@@ -99,6 +110,7 @@ def _run_session(
     emit: EventSink,
     deaths: Counter[int],
     deadline: float | None,
+    stop: StopRequest,
     *,
     local: bool,
     first: bool,
@@ -117,7 +129,7 @@ def _run_session(
     rebuild_study(folder.study, spec, known)
     searcher = StudySearch(spec, folder.study, workers=concurrency)
     searcher.prime(known, pending)
-    scheduler = make_scheduler(spec)
+    scheduler = make_scheduler(spec, stop)
     scheduler.prime(known)
 
     arrays = SearchArrays.from_table(
@@ -141,6 +153,7 @@ def _run_session(
         deaths=deaths,
         seed=spec.training.seed,
         emit=emit,
+        stop=stop,
     )
     if first:
         emit(
@@ -182,7 +195,7 @@ def _run_session(
         ),
     )
     try:
-        with _quiet_tune():
+        with _quiet_tune(), stop.finishing_rungs():
             tuner.fit()
     finally:
         searcher.close()
@@ -238,15 +251,15 @@ def _signal_handlers() -> dict[signal.Signals, Any]:
     """Return the handlers that Ray Tune replaces: it does so in the main thread alone."""
     if threading.current_thread() is not threading.main_thread():
         return {}
-    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
-    return {number: handler for number, handler in found.items() if handler is not None}
+    handler = signal.getsignal(signal.SIGUSR1)
+    return {} if handler is None else {signal.SIGUSR1: handler}
 
 
 @contextmanager
 def _quiet_tune() -> Iterator[None]:
     """Let Ray Tune draw and log nothing: what it has to say comes through the recorder.
 
-    Its handlers of Ctrl-C go when it has ended: left in place, they swallow the next one.
+    Ctrl-C is not its to handle; its handler of SIGUSR1 goes when it has ended.
     """
     handlers = _signal_handlers()
     before = {name: os.environ.get(name) for name in TUNE_ENVIRONMENT}
