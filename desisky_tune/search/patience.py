@@ -1,0 +1,74 @@
+"""Storage that fails for a while: what is to be written is written again, until it stands.
+
+A shared file system that hangs or fills up is nobody's fault in the search, and comes back more
+often than not. Pauses grow from a quarter of a second to half a minute, and end after
+`PATIENCE_SECONDS`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+#: How long storage may fail before a search ends (s); it can be resumed then.
+PATIENCE_SECONDS = 600.0
+
+_FIRST_PAUSE = 0.25
+_LONGEST_PAUSE = 30.0
+
+#: How long a wait goes on before it looks whether it shall end (s).
+_SLICE = 0.5
+
+
+def patiently(
+    action: Callable[[], Result],
+    *,
+    tell: Callable[[str], None] | None = None,
+    give_up: Callable[[], bool] | None = None,
+    limit: float | None = None,
+) -> Result:
+    """Do something with files; while that raises an OSError, do it again.
+
+    Parameters
+    ----------
+    action
+        Leaves nothing half-done when it raises.
+    tell
+        Told in a line when storage fails first, and when it is back.
+    give_up
+        Asked in every pause whether to wait no longer.
+    limit
+        How long to go on (s); `PATIENCE_SECONDS` by default.
+
+    Raises
+    ------
+    OSError
+        What the last attempt raised.
+    """
+    limit = PATIENCE_SECONDS if limit is None else limit
+    began, pause, told = time.monotonic(), _FIRST_PAUSE, False
+    while True:
+        try:
+            result = action()
+        except OSError as fault:
+            left = began + limit - time.monotonic()
+            if left <= 0 or (give_up is not None and give_up()):
+                raise
+            if tell is not None and not told:
+                tell(f"storage fails: {fault}; trying again for up to {limit:g} s")
+                told = True
+            _sleep(min(pause, left), give_up)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            continue
+        if tell is not None and told:
+            tell(f"storage is back after {time.monotonic() - began:.0f} s")
+        return result
+
+
+def _sleep(seconds: float, give_up: Callable[[], bool] | None) -> None:
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0 and not (give_up is not None and give_up()):
+        time.sleep(min(_SLICE, left))
