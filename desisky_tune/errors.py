@@ -71,6 +71,12 @@ class StorageError(DesiskyTuneError, OSError):
         return str(self.args[0]) if self.args else ""
 
 
+class StorageLostError(StorageError):
+    """The files of a run that had begun could not be written for long: exit code 75."""
+
+    exit_code = RESUME_ME
+
+
 class SearchError(DesiskyTuneError):
     """A search ended without a result."""
 

@@ -6,6 +6,7 @@ search needs none of it.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
@@ -19,6 +20,7 @@ import numpy as np
 from desisky_tune.data.columns import BANDS, FEATURES
 from desisky_tune.errors import CheckpointError, MissingFileError
 from desisky_tune.search.backend import CURVE_SERIES, Assignment, Progress
+from desisky_tune.search.patience import TRIAL_PATIENCE_SECONDS, patiently
 
 if TYPE_CHECKING:
     from desisky_tune.data.features import FeatureTable
@@ -116,7 +118,9 @@ class LocalBackend:
 
     def advance(self, trial: Assignment, epochs: int) -> Progress:
         """Train on to `epochs` epochs in total; the state is on disk when this returns."""
-        running = self._running.get(trial.number) or self._open(trial)
+        running = self._running.get(trial.number)
+        if running is None:
+            running = patiently(lambda: self._open(trial), limit=TRIAL_PATIENCE_SECONDS)
         if running.epochs < epochs:
             running = self._train(trial, running, epochs)
         self._running[trial.number] = running
@@ -131,9 +135,9 @@ class LocalBackend:
         running = self._running.pop(trial.number, None)
         if running is None or self._progress(running).failed:
             return
-        path = checkpoint_path(self._folder, trial.number)
-        write_checkpoint(
-            path,
+        write = functools.partial(
+            write_checkpoint,
+            checkpoint_path(self._folder, trial.number),
             running.program.best_model(running.state),
             self._progress(running),
             trial,
@@ -142,6 +146,7 @@ class LocalBackend:
             self._scaling,
             self._header,
         )
+        patiently(write, limit=TRIAL_PATIENCE_SECONDS)
 
     def _train(self, trial: Assignment, running: _Running, epochs: int) -> _Running:
         from desisky_tune.training.program import Hyperparameters
@@ -173,7 +178,7 @@ class LocalBackend:
             objectives=[*running.objectives, *map(float, curve.objective)],
         )
         if not self._progress(running).failed:
-            self._save(trial, running)
+            patiently(lambda: self._save(trial, running), limit=TRIAL_PATIENCE_SECONDS)
         return running
 
     def _progress(self, running: _Running) -> Progress:

@@ -7,11 +7,14 @@ on which trials fail one after another gets no more of them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 #: Failures on one node, with no good report between them, after which it is left out.
 FAILURES_OF_A_NODE = 3
+
+_ACTOR = re.compile(r"actor_id\W+([0-9a-f]{8,})")
 
 #: The label that each node of a Ray has by itself.
 _LABEL = "ray.io/node-id"
@@ -54,10 +57,23 @@ class NodeWatch:
 
     def started(self, number: int, node: str | None) -> None:
         """Take note of where a trial runs."""
-        if node is None:
-            self._at.pop(number, None)
-        else:
+        self._at.pop(number, None)
+        if node is not None:
             self._at[number] = node
+
+    def died_as(self, number: int, error: str) -> None:
+        """Take note of where a trial ran whose process died before it could begin.
+
+        Parameters
+        ----------
+        number
+            The trial.
+        error
+            What Ray says of the death: the id of the process's actor is in it.
+        """
+        found = None if number in self._at else _ACTOR.search(error)
+        if found is not None:
+            self.started(number, _node_of(found[1]))
 
     def worked(self, number: int) -> None:
         """A trial has given a figure: its node is in order."""
@@ -70,19 +86,30 @@ class NodeWatch:
         It may where it is not the last node that is left: then the trial is worth another
         try.
         """
-        node = self._at.get(number)
+        node = self._at.pop(number, None)
         if node is None:
             return False
         if node in self.left_out:
             return True
-        others = [each for each in self.usable() if each != node]
-        if not others:
+        usable = self.usable()
+        if node not in usable:
+            return True  # it is gone, and takes no further trial
+        if len(usable) == 1:
             return False
         failed = self._failed.setdefault(node, [])
         failed.append(number)
         if len(failed) >= FAILURES_OF_A_NODE:
             self.left_out[node] = reason
         return True
+
+    def without_left_out(self, have: Mapping[str, float]) -> dict[str, float]:
+        """Return a cluster's resources less those of the nodes that are left out."""
+        left = dict(have)
+        for node in self._ray.nodes() if self.left_out else ():
+            if node["Alive"] and node["NodeID"] in self.left_out:
+                for name, amount in node["Resources"].items():
+                    left[name] = left.get(name, 0.0) - amount
+        return left
 
     def address(self, node: str) -> str:
         """Return how a person finds a node: its host and address."""
@@ -107,14 +134,19 @@ class NodeWatch:
         return PlacementGroupFactory([bundle], bundle_label_selector=[where])
 
 
-def node_of(actor: Any) -> str | None:
-    """Return the id of the node that an actor runs, or ran, on; None where it is not known."""
+def node_of(trial: Any) -> str | None:
+    """Return the id of the node that a trial's process runs on; None where it is not known."""
+    actor = getattr(getattr(trial, "temporary_state", None), "ray_actor", None)
     if actor is None:
         return None
+    return _node_of(actor._actor_id.hex())
+
+
+def _node_of(actor_id: str) -> str | None:
     # The public state API needs the dashboard, which a search's own Ray does without.
     from ray._private.state import actors
 
     try:
-        return str(actors(actor._actor_id.hex())["Address"]["NodeID"]) or None
+        return str(actors(actor_id)["Address"]["NodeID"]) or None
     except (KeyError, AttributeError, TypeError):
         return None

@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
+
+from desisky_tune.errors import StorageError
+from desisky_tune.files import atomic_open
 
 Result = TypeVar("Result")
 
 #: How long storage may fail before a search ends (s); it can be resumed then.
 PATIENCE_SECONDS = 600.0
+
+#: How long a trial waits by itself (s); then its session ends, and waits for it.
+TRIAL_PATIENCE_SECONDS = 60.0
 
 _FIRST_PAUSE = 0.25
 _LONGEST_PAUSE = 30.0
@@ -72,3 +79,27 @@ def _sleep(seconds: float, give_up: Callable[[], bool] | None) -> None:
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0 and not (give_up is not None and give_up()):
         time.sleep(min(_SLICE, left))
+
+
+def check_storage(search_json: Path) -> None:
+    """See whether a run's folder can be written, and is the run's.
+
+    Parameters
+    ----------
+    search_json
+        The run's specification: a mount point without its file system lacks it.
+
+    Raises
+    ------
+    StorageError
+        When the folder cannot be written, or is another one.
+    """
+    if not search_json.is_file():
+        raise StorageError(f"{search_json} is gone")
+    probe = search_json.with_name(".storage-probe")
+    with atomic_open(probe) as stream:
+        stream.write(b"can be written\n")
+    try:
+        probe.unlink()
+    except OSError as error:
+        raise StorageError(f"cannot remove {probe}: {error.strerror or error}") from error

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ray.tune import Callback, Stopper
@@ -14,11 +15,16 @@ from desisky_tune.errors import StorageError
 from desisky_tune.search.events import Event, EventSink, Note, TrialFinished, TrialReported
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.local import sweep
+from desisky_tune.search.nodes import NodeWatch, node_of
+from desisky_tune.search.patience import check_storage, patiently
 from desisky_tune.search.records import Ledger, TrialRecord, best_record, finish
 from desisky_tune.search.stopping import StopRequest
 
 #: Trials that may fail one after another, before any has completed, until a search gives up.
 FAILURES_IN_A_ROW = 8
+
+#: What the reason of a trial looks like that could not read or write its files.
+_STORAGE_FAULT = re.compile(r"StorageError: |\[Errno \d+\]")
 
 
 class Recorder(Callback):
@@ -44,6 +50,8 @@ class Recorder(Callback):
         Told of each report and each finished trial.
     stop
         Told which trials run and report, so that a search that is to end waits for them.
+    nodes
+        Told how trials fare where they run.
     """
 
     def __init__(
@@ -58,6 +66,7 @@ class Recorder(Callback):
         seed: int,
         emit: EventSink,
         stop: StopRequest | None = None,
+        nodes: NodeWatch | None = None,
     ) -> None:
         self._folder = folder
         self._ledger = Ledger(folder.ledger)
@@ -72,9 +81,12 @@ class Recorder(Callback):
         self._emit = emit
         self._stop = stop or StopRequest()
         self._told_of_stop = False
+        self._nodes = nodes or NodeWatch(None)
         self.failures_in_a_row = 0
         #: Numbers of the trials whose process died and that may be tried once more.
         self.died: set[int] = set()
+        #: Whether a node was left out, so that the rest is to run elsewhere.
+        self.moves = False
         #: Why nothing more can be written, which ends the session; None while all is well.
         self.broken: StorageError | None = None
 
@@ -98,10 +110,11 @@ class Recorder(Callback):
         number, configuration = _identity(trial)
         self._clock.setdefault(number, time.time())
         self._stop.began(number)
+        self._nodes.started(number, node_of(trial))
         if number not in self._started:
             self._started.add(number)
             with self._keeping_faults():
-                self._folder.note_started(number, configuration)
+                self._patiently(lambda: self._folder.note_started(number, configuration))
 
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
@@ -110,18 +123,29 @@ class Recorder(Callback):
         number, _ = _identity(trial)
         self._stop.reported(number)
         if result.get("reason") is None:
+            self._nodes.worked(number)
             self._emit(TrialReported(number, int(result["epochs"]), float(result["objective"])))
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Record a trial that ended by itself or was pruned."""
-        self._stop.ended(_identity(trial)[0])
-        self._record(trial, trial.last_result, reason=trial.last_result.get("reason"))
+        number, _ = _identity(trial)
+        self._stop.ended(number)
+        result = trial.last_result
+        reason = result.get("reason")
+        if result.get("raised"):
+            self._deaths[number] += 1
+            if self._blames_node(number, str(reason)) and self._may_try_again(number):
+                self.died.add(number)
+                return
+        self._record(trial, result, reason=reason)
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Count a death after which Ray Tune starts the trial again by itself."""
         number, _ = _identity(trial)
         self._stop.ended(number)
         self._deaths[number] += 1
+        self._nodes.died_as(number, _error(trial))
+        self._blames_node(number, _reason(trial))
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Record a trial whose process died more often than it may.
@@ -132,13 +156,59 @@ class Recorder(Callback):
         self._stop.ended(number)
         self._deaths[number] += 1
         reason = _reason(trial)
-        if "StorageError: " in reason:
+        self._nodes.died_as(number, _error(trial))
+        if _STORAGE_FAULT.search(reason) and not self._storage_stands():
             # Not this trial's fault, and the next one would meet it too.
-            self.broken = self.broken or StorageError(reason.split("StorageError: ", 1)[1])
-        elif self._deaths[number] <= self._max_deaths:
+            self.broken = self.broken or StorageError(reason)
+            return
+        self._blames_node(number, reason)
+        if self._may_try_again(number):
             self.died.add(number)
+        elif _STORAGE_FAULT.search(reason):
+            self.broken = self.broken or StorageError(reason)
         else:
             self._record(trial, trial.last_result or {}, reason=reason)
+
+    def _may_try_again(self, number: int) -> bool:
+        return self._deaths[number] <= self._max_deaths
+
+    def _blames_node(self, number: int, reason: str) -> bool:
+        """Return whether the node of a trial that failed may be to blame; leave it out, or not."""
+        before = set(self._nodes.left_out)
+        blamed = self._nodes.failed(number, reason)
+        for node in set(self._nodes.left_out) - before:
+            innocent = self._nodes.innocent(node)
+            self._deaths.subtract(innocent)
+            self.moves = True
+            self._emit(
+                Note(
+                    f"node {self._nodes.address(node)} gets no more trials: {len(innocent)} failed "
+                    f"there one after another, the last with: {reason}"
+                )
+            )
+        return blamed
+
+    def _patiently(self, write: Callable[[], object]) -> None:
+        """Write to the run's folder, again and again while that fails."""
+
+        def attempt() -> None:
+            if not self._folder.search_json.is_file():
+                # Not a fresh file in the place where a file system is not mounted.
+                raise StorageError(f"{self._folder.search_json} is gone")
+            write()
+
+        patiently(
+            attempt,
+            tell=lambda text: self._emit(Note(text)),
+            give_up=lambda: self._stop.asked is not None,
+        )
+
+    def _storage_stands(self) -> bool:
+        try:
+            check_storage(self._folder.search_json)
+        except OSError:
+            return False
+        return True
 
     def has_to_end(self) -> bool:
         """Whether the session is to end now: asked to, hopeless, or unable to write."""
@@ -150,15 +220,15 @@ class Recorder(Callback):
                     f"{self._stop.grace:g} s; a second one ends the search at once"
                 )
             )
-        return self._stop.is_due or self.gives_up or self.broken is not None
+        return self._stop.is_due or self.gives_up or self.moves or self.broken is not None
 
     @contextmanager
     def _keeping_faults(self) -> Iterator[None]:
         """Keep a fault of the storage for who runs the session: Ray Tune would swallow it."""
         try:
             yield
-        except StorageError as fault:
-            self.broken = self.broken or fault
+        except OSError as fault:
+            self.broken = self.broken or StorageError(str(fault))
 
     def _record(self, trial: Any, result: Mapping[str, Any], *, reason: str | None) -> None:
         number, configuration = _identity(trial)
@@ -175,11 +245,12 @@ class Recorder(Callback):
             ended=time.time(),
         )
         with self._keeping_faults():
-            self._ledger.append(record)
+            self._patiently(lambda: self._ledger.append(record))
         if self.broken is not None:
             return
         self._records[number] = record
-        sweep(self._folder.trials, self._records.values())
+        with suppress(OSError):  # the next one removes what this one could not
+            sweep(self._folder.trials, self._records.values())
         self.failures_in_a_row = self.failures_in_a_row + 1 if record.state == "FAIL" else 0
         self._emit(
             TrialFinished(record, len(self._records), self._total, best_record(self.records))
@@ -207,13 +278,18 @@ def _identity(trial: Any) -> tuple[int, dict[str, Any]]:
 
 
 def _reason(trial: Any) -> str:
-    error = trial.get_error() if hasattr(trial, "get_error") else None
-    lines = [line.strip() for line in str(error or "").splitlines() if line.strip()]
-    if not lines:
+    lines = [line.strip() for line in _error(trial).splitlines() if line.strip()]
+    # Ray Tune numbers the failures of a trial in the file that it keeps of them.
+    said = [line for line in lines if not line.startswith("Failure # ")]
+    if not said:
         return "the trial's process ended without saying why"
     # Ray wraps the cause: what was raised stands in the last line, the kind of death in the first.
-    text = lines[-1] if "Error" in lines[-1] else lines[0]
+    text = said[-1] if "Error" in said[-1] else said[0]
     return text[:500]
+
+
+def _error(trial: Any) -> str:
+    return str((trial.get_error() if hasattr(trial, "get_error") else None) or "")
 
 
 def _nobody(event: Event) -> None:

@@ -178,9 +178,13 @@ def _search(run: SearchRun, ray: Any, emit: EventSink, stop: StopRequest, *, loc
             provenance=dict(run.table.provenance),
         )
     )
-    from desisky_tune.search.session import run_trials  # imports Ray, which has begun
+    # These import Ray, which has begun.
+    from desisky_tune.search.gauges import measured
+    from desisky_tune.search.session import run_trials
 
-    run_trials(run, ray, emit, local=local, stop=stop)
+    known = Ledger(run.folder.ledger).records()
+    with measured(run.folder.name, run.spec.search.trials, known, emit) as told:
+        run_trials(run, ray, told, local=local, stop=stop)
 
 
 def _finish(run: SearchRun, emit: EventSink, started: float) -> SearchResult:

@@ -23,9 +23,11 @@ from ray import tune
 from desisky_tune.errors import RunError, SearchError, SearchInterrupted
 from desisky_tune.search.events import EventSink, Note, SearchStarted
 from desisky_tune.search.local import LocalBackend, SearchArrays, process_environment
+from desisky_tune.search.nodes import NodeWatch
 from desisky_tune.search.origin import SearchRun, checkpoint_header
 from desisky_tune.search.recorder import GiveUp, Recorder
 from desisky_tune.search.records import Ledger, best_record, remaining_trials
+from desisky_tune.search.restarts import Restarts
 from desisky_tune.search.schedulers import make_scheduler
 from desisky_tune.search.searcher import StudySearch, rebuild_study
 from desisky_tune.search.space import SearchSpec, rungs
@@ -67,19 +69,31 @@ def run_trials(
     SearchInterrupted
         On SIGTERM and Ctrl-C, or when the time limit ended the search without a complete
         trial.
-    StorageError
-        When the run's files cannot be written.
+    StorageLostError
+        When the run's files cannot be written, and that lasts.
     """
     spec, folder, stop = run.spec, run.folder, stop or StopRequest()
     limit, trials = spec.search.time_limit, spec.search.trials
     deadline = None if limit is None else time.monotonic() + limit
     deaths: Counter[int] = Counter()
+    needs = {"CPU": spec.resources.cpus_per_trial, "GPU": spec.resources.gpus_per_trial}
+    nodes = NodeWatch(ray, needs)
+    restarts = Restarts(folder, emit, stop)
     first = True
     while True:
-        recorder = _run_session(run, ray, emit, deaths, deadline, stop, local=local, first=first)
-        records, first = recorder.records, False
+        try:
+            recorder = _run_session(
+                run, ray, emit, deaths, deadline, stop, nodes, local=local, first=first
+            )
+        except Exception as fault:
+            restarts.after(fault)
+            continue
+        finally:
+            first = False
+        records = recorder.records
         if recorder.broken is not None:
-            raise recorder.broken
+            restarts.after(recorder.broken)
+            continue
         failed = sum(record.state == "FAIL" for record in records)
         unfinished = remaining_trials(trials, records)
         if failed == len(records) and (not unfinished or recorder.gives_up):
@@ -90,6 +104,8 @@ def run_trials(
             break
         if not unfinished:
             return
+        if recorder.moves:
+            continue
         if len(recorder.died) < unfinished:
             break
         # Only trials whose process died are left, and each may be tried again.
@@ -111,6 +127,7 @@ def _run_session(
     deaths: Counter[int],
     deadline: float | None,
     stop: StopRequest,
+    nodes: NodeWatch,
     *,
     local: bool,
     first: bool,
@@ -122,8 +139,7 @@ def _run_session(
     handed_out = folder.read_started()
     pending = [(n, c) for n, c in sorted(handed_out.items()) if n not in finished]
     remaining = remaining_trials(spec.search.trials, known)
-    resources = {"cpu": spec.resources.cpus_per_trial, "gpu": spec.resources.gpus_per_trial}
-    concurrency = min(_concurrency(spec, ray, emit, local=local), remaining)
+    concurrency = min(_concurrency(spec, nodes, ray, emit, local=local), remaining)
 
     # Also where no trial has begun: a killed driver may have left a study with one in it.
     rebuild_study(folder.study, spec, known)
@@ -154,6 +170,7 @@ def _run_session(
         seed=spec.training.seed,
         emit=emit,
         stop=stop,
+        nodes=nodes,
     )
     if first:
         emit(
@@ -168,7 +185,7 @@ def _run_session(
             )
         )
     trainable = tune.with_resources(
-        tune.with_parameters(SearchTrial, plan=plan, roster=roster), resources
+        tune.with_parameters(SearchTrial, plan=plan, roster=roster), nodes.request()
     )
     tuner = tune.Tuner(
         trainable,
@@ -211,7 +228,9 @@ def _local_backend(arrays: Any, *shared: Any) -> LocalBackend:
     return LocalBackend(ray.get(arrays), *shared)
 
 
-def _concurrency(spec: SearchSpec, ray: Any, emit: EventSink, *, local: bool) -> int:
+def _concurrency(
+    spec: SearchSpec, nodes: NodeWatch, ray: Any, emit: EventSink, *, local: bool
+) -> int:
     """Trials at a time: what the specification says, or what the cluster holds.
 
     Raises
@@ -219,7 +238,7 @@ def _concurrency(spec: SearchSpec, ray: Any, emit: EventSink, *, local: bool) ->
     RunError
         When not one trial fits, and nothing can come that it would fit on.
     """
-    asked, have = spec.resources, ray.cluster_resources()
+    asked, have = spec.resources, nodes.without_left_out(ray.cluster_resources())
     room = have.get("CPU", 0.0) / asked.cpus_per_trial
     if asked.gpus_per_trial:
         room = min(room, have.get("GPU", 0.0) / asked.gpus_per_trial)

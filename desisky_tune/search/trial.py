@@ -100,12 +100,13 @@ class SearchTrial(tune.Trainable):
         machine (a full disk) is none of the trial's: it is raised.
         """
         target = next(rung for rung in self._plan.rungs if rung > self._epochs)
+        raised = False
         try:
             progress = self._backend.advance(self._assignment, target)
         except OSError:
             raise
         except Exception as error:
-            progress = _stopped_by(error, self._epochs)
+            progress, raised = _stopped_by(error, self._epochs), True
         if self._roster is not None:
             import ray
 
@@ -113,7 +114,8 @@ class SearchTrial(tune.Trainable):
             self._roster = None
         self._epochs = progress.epochs
         done = progress.failed or progress.epochs >= self._plan.rungs[-1]
-        return {**progress.as_result(self._plan.rungs), "seed": self._plan.seed, "done": done}
+        result = progress.as_result(self._plan.rungs)
+        return {**result, "seed": self._plan.seed, "raised": raised, "done": done}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Release the trial that was, and begin the next in the same process."""

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
-from searches import RANDOM, assert_nothing_lost, assert_the_same, search, spec_of
+from searches import RANDOM, assert_nothing_lost, assert_the_same, spec_of
 
 from desisky_tune.search.events import Event, TrialFinished, TrialReported
 from desisky_tune.search.records import TrialRecord
 from desisky_tune.search.run import run_search
 
 
-def trial_processes(parent: psutil.Process | None = None) -> list[psutil.Process]:
-    """The processes of the trials of a Ray: this test session's by default."""
-    mine = (parent or psutil.Process()).children(recursive=True)
+def trial_processes() -> list[psutil.Process]:
+    """The processes of the trials of this test session's Ray."""
+    mine = psutil.Process().children(recursive=True)
     return sorted((p for p in mine if p.name().startswith("ray::SearchTria")), key=lambda p: p.pid)
 
 
