@@ -81,6 +81,10 @@ class SearchError(DesiskyTuneError):
     """A search ended without a result."""
 
 
+class EngineError(SearchError):
+    """The processes that train are gone, and cannot be started again."""
+
+
 class SearchInterrupted(KeyboardInterrupt):
     """A search was stopped before all its trials had run; it can be resumed.
 

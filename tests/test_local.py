@@ -13,6 +13,7 @@ from desisky_tune.data.columns import BANDS
 from desisky_tune.io import load_model
 from desisky_tune.search.backend import Assignment, Progress
 from desisky_tune.search.local import (
+    Fold,
     LocalBackend,
     SearchArrays,
     checkpoint_path,
@@ -41,7 +42,7 @@ def arrays() -> SearchArrays:
     inputs = draw.normal(50, 20, (60, 6)).astype(np.float32)
     targets = 20 + 0.02 * inputs[:, :4] + draw.normal(0, 0.05, (60, 4))
     targets = targets.astype(np.float32)
-    return SearchArrays(inputs[:40], targets[:40], inputs[40:], targets[40:])
+    return SearchArrays(inputs, targets, (Fold(np.arange(40), np.arange(40, 60)),))
 
 
 def trial(number: int = 3, **changes: Any) -> Assignment:
@@ -53,8 +54,8 @@ def test_what_is_kept_is_what_was_measured(arrays: SearchArrays, tmp_path: Path)
     progress = backend.advance(trial(), 12)
     backend.release(trial())
     model, meta = load_model("broadband", path=checkpoint_path(tmp_path, 3))
-    predicted = np.array([model(row) for row in arrays.validation_inputs])
-    measured = band_rmse(predicted, arrays.validation_targets)
+    inputs, targets = arrays.validation_rows()
+    measured = band_rmse(np.array([model(row) for row in inputs]), targets)
     np.testing.assert_allclose([progress.rmse[band] for band in BANDS], measured, atol=1e-4)
     assert progress.objective == pytest.approx(measured.mean(), abs=1e-4)
     assert meta["training"]["epoch"] == progress.best_epoch

@@ -215,8 +215,6 @@ def test_the_default_is_the_documented_one() -> None:
         ("split.fractions=[0.6, x, 0.2]", "split.fractions[1] = 'x': must be a number"),
         ("training.loss=l1", "training.loss = 'l1': must be one of 'huber' or 'l2'"),
         ("training.loss=l2", "training.loss is l2, which has no delta"),
-        ("evaluation.folds=5", "this version supports 1 only"),
-        ("evaluation.seeds=3", "this version supports 1 only"),
         ("evaluation.finalists=4", "this version supports 0 only"),
         ("resources.gpus_per_trial=1.5", "must be a fraction up to 1, or a whole number"),
         ("resources.cpus_per_trial=0", "resources.cpus_per_trial = 0: must be above 0"),

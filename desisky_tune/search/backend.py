@@ -20,6 +20,22 @@ CURVE_SERIES: tuple[str, ...] = ("train_loss", "test_loss", *BANDS)
 
 
 @dataclass(frozen=True)
+class Member:
+    """One training of a trial's configuration.
+
+    Attributes
+    ----------
+    fold
+        Which of the rows' folds it is trained and validated on.
+    seed
+        Seed of the initial weights and of the shuffles.
+    """
+
+    fold: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Assignment:
     """A trial as a backend sees it.
 
@@ -31,25 +47,37 @@ class Assignment:
         Hyperparameters: width, depth, learning_rate, huber_delta, batch_size.
     seed
         Seed of the initial weights and of the shuffles.
+    members
+        What is trained, where it is more than one; empty: fold 0 and `seed`. Every seed
+        has the same folds.
     """
 
     number: int
     configuration: Mapping[str, Any]
     seed: int
+    members: tuple[Member, ...] = ()
+
+    @property
+    def trainings(self) -> tuple[Member, ...]:
+        """The members, also where there is one alone."""
+        return self.members or (Member(0, self.seed),)
 
 
 @dataclass(frozen=True)
 class Progress:
     """What a backend measured on the validation rows after `epochs` epochs.
 
+    With several members these are the figures of `desisky_tune.search.pooling.pool`.
+
     Attributes
     ----------
     epochs
-        Epochs trained in total.
+        Epochs trained in total, by every member.
     objective
-        Lowest RMSE so far (mag): per band over all rows, then the mean of the bands.
+        Lowest RMSE so far (mag): per band over all rows, then the mean of the bands; the
+        mean over the seeds, where there are several.
     best_epoch
-        The epoch, counted from 0, at which that was.
+        The epoch, counted from 0, at which that was; the lower median over the seeds.
     rmse
         RMSE by band at that epoch (mag).
     train_loss, test_loss
@@ -59,9 +87,12 @@ class Progress:
     curve
         Every epoch so far, by name of series (`CURVE_SERIES`).
     objectives
-        The RMSE of every epoch so far (mag), the mean of the bands.
+        The RMSE of every epoch so far (mag), the mean of the bands; with several seeds the
+        mean over them of the lowest so far.
     reason
         Why the trial cannot go on; None while all is well.
+    spread
+        Standard deviation of the objective over the seeds (mag); None with one seed.
     """
 
     epochs: int
@@ -74,6 +105,7 @@ class Progress:
     curve: Mapping[str, list[float]] = field(default_factory=dict)
     objectives: Sequence[float] = ()
     reason: str | None = None
+    spread: float | None = None
 
     @property
     def failed(self) -> bool:
@@ -101,7 +133,25 @@ class Progress:
             "curve": dict(self.curve),
             "rungs": self.objectives_at(rungs),
             "reason": self.reason,
+            "spread": self.spread,
         }
+
+
+def stopped_by(error: Exception, epochs: int) -> Progress:
+    """Say that a trial cannot go on after `epochs` epochs, because of an exception."""
+    lines = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    nan = math.nan
+    return Progress(
+        epochs=epochs,
+        objective=nan,
+        best_epoch=-1,
+        rmse={},
+        train_loss=nan,
+        test_loss=nan,
+        seconds=0.0,
+        reason=reason[:500],
+    )
 
 
 class Backend(Protocol):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from desisky_tune.search.figures import EngineFigures
     from desisky_tune.search.records import TrialRecord
 
 
@@ -69,6 +70,14 @@ class TrialFinished:
 
 
 @dataclass(frozen=True)
+class EnginesReported:
+    """What the engines did so far in this session: together, and each; every few seconds."""
+
+    together: EngineFigures
+    engines: tuple[EngineFigures, ...]
+
+
+@dataclass(frozen=True)
 class Note:
     """Something a person should know, in one line."""
 
@@ -85,5 +94,13 @@ class SearchFinished:
     states: dict[str, int] = field(default_factory=dict)
 
 
-Event = DataReady | SearchStarted | TrialReported | TrialFinished | Note | SearchFinished
+Event = (
+    DataReady
+    | SearchStarted
+    | TrialReported
+    | TrialFinished
+    | EnginesReported
+    | Note
+    | SearchFinished
+)
 EventSink = Callable[[Event], None]

@@ -1,4 +1,4 @@
-"""The backend that trains inside the trial's own process.
+"""The backend that trains with one program per trial, in the process that calls it.
 
 JAX is imported when the first trial begins, not when this module is: the driver of a
 search needs none of it.
@@ -7,67 +7,55 @@ search needs none of it.
 from __future__ import annotations
 
 import functools
-import math
 import os
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from desisky_tune.data.columns import BANDS, FEATURES
+from desisky_tune.data.columns import BANDS
 from desisky_tune.errors import CheckpointError, MissingFileError
-from desisky_tune.search.backend import CURVE_SERIES, Assignment, Progress
-from desisky_tune.search.patience import TRIAL_PATIENCE_SECONDS, patiently
+from desisky_tune.search.arrays import Fold, SearchArrays
+from desisky_tune.search.backend import CURVE_SERIES, Assignment, Member, Progress
+from desisky_tune.search.figures import Meter
+from desisky_tune.search.patience import TRIAL_PATIENCE, patiently
+from desisky_tune.search.pooling import MemberCurve, pooled_progress
 
 if TYPE_CHECKING:
-    from desisky_tune.data.features import FeatureTable
     from desisky_tune.search.records import TrialRecord
     from desisky_tune.search.space import TrainingSpec
+    from desisky_tune.training.program import TrainingArrays
     from desisky_tune.training.scaling import Scaling
 
-
-@dataclass(frozen=True)
-class SearchArrays:
-    """The rows that a search may see: training and validation, never the test rows.
-
-    Attributes
-    ----------
-    train_inputs, validation_inputs
-        Raw features, float32, (n, f).
-    train_targets, validation_targets
-        Magnitudes in V, g, r, z, float32, (n, 4).
-    features
-        Names of the columns of the inputs.
-    """
-
-    train_inputs: np.ndarray
-    train_targets: np.ndarray
-    validation_inputs: np.ndarray
-    validation_targets: np.ndarray
-    features: tuple[str, ...] = FEATURES
-
-    @classmethod
-    def from_table(
-        cls,
-        table: FeatureTable,
-        train: np.ndarray,
-        validation: np.ndarray,
-        features: Sequence[str] = FEATURES,
-    ) -> SearchArrays:
-        """Take the rows of a table; `train` and `validation` are positions in it."""
-        train_inputs, train_targets = table.arrays(train, features)
-        validation_inputs, validation_targets = table.arrays(validation, features)
-        return cls(
-            train_inputs, train_targets, validation_inputs, validation_targets, tuple(features)
-        )
+__all__ = [
+    "Fold",
+    "LocalBackend",
+    "SearchArrays",
+    "checkpoint_path",
+    "process_environment",
+    "state_path",
+    "sweep",
+    "write_checkpoint",
+]
 
 
 @dataclass(frozen=True)
-class _Running:
-    """A trial under way: the state of its program, and what it has measured."""
+class _FoldRows:
+    """A fold on the device, and the scaling that its training rows gave."""
+
+    scaling: Scaling
+    arrays: TrainingArrays
+    validation: int
+
+
+@dataclass(frozen=True)
+class _Training:
+    """One member under way: the state of its program, and what it has measured."""
 
     program: Any
     state: Any
@@ -75,10 +63,30 @@ class _Running:
     seconds: float
     curve: dict[str, list[float]]
     objectives: list[float]
+    failed: bool = False
+
+
+class _Trial:
+    """The members of a trial; whoever trains or keeps them holds the lock."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.trainings: dict[Member, _Training] = {}
+
+
+class _Compiled:
+    """Whether a program has been compiled for arrays of a shape; the lock is whose turn it is."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.done = False
 
 
 class LocalBackend:
-    """Trains one trial at a time, in this process.
+    """Trains trials in this process, each in the thread that asks for it.
+
+    Several threads may train a trial each; one trial's members follow one another. What two
+    threads need is compiled once, while the other waits.
 
     Parameters
     ----------
@@ -90,6 +98,11 @@ class LocalBackend:
         Where the states and the checkpoints of the trials are written.
     header
         Further keys for the header of each checkpoint: where it comes from.
+
+    Attributes
+    ----------
+    meter
+        How long was compiled and trained, by all threads together.
     """
 
     def __init__(
@@ -99,56 +112,70 @@ class LocalBackend:
         folder: Path,
         header: Mapping[str, Any] | None = None,
     ) -> None:
-        from desisky_tune.training.program import training_arrays
-        from desisky_tune.training.scaling import Scaling
-
         self._training = training
         self._folder = folder
         self._header = dict(header or {})
         self._features = arrays.features
-        self._scaling = Scaling.fit(arrays.train_inputs, arrays.train_targets)
-        self._arrays = training_arrays(
-            arrays.train_inputs,
-            arrays.train_targets,
-            arrays.validation_inputs,
-            arrays.validation_targets,
-            self._scaling,
-        )
-        self._running: dict[int, _Running] = {}
+        self._rows = arrays
+        self._folds: dict[int, _FoldRows] = {}
+        self._trials: dict[int, _Trial] = {}
+        self._compiled: WeakKeyDictionary[Any, dict[Any, _Compiled]] = WeakKeyDictionary()
+        self._lock = threading.Lock()
+        self.meter = Meter()
 
     def advance(self, trial: Assignment, epochs: int) -> Progress:
         """Train on to `epochs` epochs in total; the state is on disk when this returns."""
-        running = self._running.get(trial.number)
-        if running is None:
-            running = patiently(lambda: self._open(trial), limit=TRIAL_PATIENCE_SECONDS)
-        if running.epochs < epochs:
-            running = self._train(trial, running, epochs)
-        self._running[trial.number] = running
-        return self._progress(running)
+        with self._lock:
+            running = self._trials.setdefault(trial.number, _Trial())
+        with running.lock:
+            if not running.trainings:
+                # Weights of an unfinished trial, which an interrupt left, are not its last.
+                stale = checkpoint_path(self._folder, trial.number)
+                patiently(functools.partial(stale.unlink, missing_ok=True), limit=TRIAL_PATIENCE)
+            for member in trial.trainings:
+                training = running.trainings.get(member)
+                if training is None:
+                    opening = functools.partial(self._open, trial, member)
+                    training = patiently(opening, limit=TRIAL_PATIENCE)
+                if training.epochs < epochs:
+                    training = self._train(trial, member, training, epochs)
+                running.trainings[member] = training
+                if training.failed:
+                    break
+            return self._progress(trial, running.trainings)
 
     def release(self, trial: Assignment) -> None:
         """Keep the best weights of a trial, and forget it here.
 
         Its state stays on disk: who releases a trial may only be interrupted, and take it
-        up again. `sweep` removes the states of the trials that are finished.
+        up again. `sweep` removes the states of the trials that are finished. A trial of
+        several members has no weights of its own: none are kept.
         """
-        running = self._running.pop(trial.number, None)
-        if running is None or self._progress(running).failed:
+        with self._lock:
+            running = self._trials.pop(trial.number, None)
+        if running is None:
             return
-        write = functools.partial(
-            write_checkpoint,
-            checkpoint_path(self._folder, trial.number),
-            running.program.best_model(running.state),
-            self._progress(running),
-            trial,
-            self._training,
-            self._features,
-            self._scaling,
-            self._header,
-        )
-        patiently(write, limit=TRIAL_PATIENCE_SECONDS)
+        with running.lock:
+            trainings = running.trainings
+            if not trainings or len(trial.trainings) > 1 or self._progress(trial, trainings).failed:
+                return
+            ((member, training),) = trainings.items()
+            write = functools.partial(
+                write_checkpoint,
+                checkpoint_path(self._folder, trial.number),
+                training.program.best_model(training.state),
+                self._progress(trial, trainings),
+                trial,
+                self._training,
+                self._features,
+                self._fold(member.fold).scaling,
+                self._header,
+            )
+            patiently(write, limit=TRIAL_PATIENCE)
 
-    def _train(self, trial: Assignment, running: _Running, epochs: int) -> _Running:
+    def _train(
+        self, trial: Assignment, member: Member, training: _Training, epochs: int
+    ) -> _Training:
         from desisky_tune.training.program import Hyperparameters
 
         began = time.perf_counter()
@@ -156,9 +183,11 @@ class LocalBackend:
             learning_rate=float(trial.configuration["learning_rate"]),
             huber_delta=float(trial.configuration["huber_delta"]),
         )
-        state, curve = running.program.advance(
-            running.state, self._arrays, hyperparameters, epochs - running.epochs
-        )
+        arrays = self._fold(member.fold).arrays
+        with self.meter.spending("training"):
+            state, curve = training.program.advance(
+                training.state, arrays, hyperparameters, epochs - training.epochs
+            )
         series = dict(
             zip(
                 CURVE_SERIES,
@@ -166,105 +195,127 @@ class LocalBackend:
                 strict=True,
             )
         )
-        running = replace(
-            running,
+        training = replace(
+            training,
             state=state,
-            epochs=running.epochs + len(curve.train_loss),
-            seconds=running.seconds + time.perf_counter() - began,
+            epochs=training.epochs + len(curve.train_loss),
+            seconds=training.seconds + time.perf_counter() - began,
             curve={
-                name: [*running.curve.get(name, ()), *map(float, values)]
+                name: [*training.curve.get(name, ()), *map(float, values)]
                 for name, values in series.items()
             },
-            objectives=[*running.objectives, *map(float, curve.objective)],
+            objectives=[*training.objectives, *map(float, curve.objective)],
+            failed=bool(curve.failed),
         )
-        if not self._progress(running).failed:
-            patiently(lambda: self._save(trial, running), limit=TRIAL_PATIENCE_SECONDS)
-        return running
+        if not training.failed:
+            save = functools.partial(self._save, trial, member, training)
+            patiently(save, limit=TRIAL_PATIENCE)
+        return training
 
-    def _progress(self, running: _Running) -> Progress:
-        """Say where a trial stands: at the best epoch so far, as its program chose it."""
-        best = int(running.state.best_epoch)
-        failed = bool(running.state.failed)
-        nan = math.nan
-        if failed or best < 0:
-            return Progress(
-                epochs=running.epochs,
-                objective=nan,
-                best_epoch=-1,
-                rmse={},
-                train_loss=nan,
-                test_loss=nan,
-                seconds=running.seconds,
-                curve=running.curve,
-                objectives=running.objectives,
-                reason=f"training diverged: a loss was not finite in epoch {running.epochs - 1}",
+    def _progress(self, trial: Assignment, running: Mapping[Member, _Training]) -> Progress:
+        """Say where a trial stands: at the best epoch so far of its members together."""
+        curves = [
+            MemberCurve(
+                member, self._fold(member.fold).validation, training.curve, training.objectives
             )
-        return Progress(
-            epochs=running.epochs,
-            objective=float(running.state.best_value),
-            best_epoch=best,
-            rmse={band: running.curve[band][best] for band in BANDS},
-            train_loss=running.curve["train_loss"][best],
-            test_loss=running.curve["test_loss"][best],
-            seconds=running.seconds,
-            curve=running.curve,
-            objectives=running.objectives,
-        )
+            for member, training in running.items()
+        ]
+        seconds = sum(training.seconds for training in running.values())
+        for member, training in running.items():
+            if training.failed or not training.epochs:
+                where = f" (fold {member.fold}, seed {member.seed})" if trial.members else ""
+                reason = (
+                    "training diverged: a loss was not finite in epoch"
+                    f" {training.epochs - 1}{where}"
+                )
+                return pooled_progress(curves, seconds, reason)
+        return pooled_progress(curves, seconds)
 
-    def _open(self, trial: Assignment) -> _Running:
-        """Begin a trial, or take it up from the state that it left.
+    def _open(self, trial: Assignment, member: Member) -> _Training:
+        """Begin a member, or take it up from the state that it left.
 
         A state that cannot be read, or is another configuration's, is begun anew: what
         comes of a trial is the same either way.
         """
-        # Weights of an unfinished trial, which an interrupt left, are not its last.
-        checkpoint_path(self._folder, trial.number).unlink(missing_ok=True)
         program = self._program(trial)
-        path = state_path(self._folder, trial.number)
+        self._compile(program, self._fold(member.fold).arrays)
         try:
-            state, notes = program.load_state(path)
-            if notes["trial"] == self._key(trial):
-                return _Running(program, state, **notes["progress"])
+            state, notes = program.load_state(self._state_path(trial, member))
+            if notes["trial"] == self._key(trial, member):
+                return _Training(program, state, **notes["progress"])
         except (MissingFileError, CheckpointError, KeyError, TypeError):
             pass
-        return _Running(program, program.init(trial.seed), 0, 0.0, {}, [])
+        return _Training(program, program.init(member.seed), 0, 0.0, {}, [])
 
-    def _save(self, trial: Assignment, running: _Running) -> None:
+    def _save(self, trial: Assignment, member: Member, training: _Training) -> None:
         progress = {
-            "epochs": running.epochs,
-            "seconds": running.seconds,
-            "curve": running.curve,
-            "objectives": running.objectives,
+            "epochs": training.epochs,
+            "seconds": training.seconds,
+            "curve": training.curve,
+            "objectives": training.objectives,
         }
-        notes = {"trial": self._key(trial), "progress": progress}
-        running.program.save_state(state_path(self._folder, trial.number), running.state, notes)
+        notes = {"trial": self._key(trial, member), "progress": progress}
+        training.program.save_state(self._state_path(trial, member), training.state, notes)
 
-    def _key(self, trial: Assignment) -> dict[str, Any]:
+    def _state_path(self, trial: Assignment, member: Member) -> Path:
+        return state_path(self._folder, trial.number, member if trial.members else None)
+
+    def _key(self, trial: Assignment, member: Member) -> dict[str, Any]:
         return {
             "number": trial.number,
             "configuration": dict(trial.configuration),
-            "seed": trial.seed,
-            "scaling": self._scaling.as_dict(),
+            "seed": member.seed,
+            "scaling": self._fold(member.fold).scaling.as_dict(),
         }
+
+    def _fold(self, number: int) -> _FoldRows:
+        """Scale a fold by its own training rows and put it on the device, once."""
+        with self._lock:
+            if number not in self._folds:
+                from desisky_tune.training.program import training_arrays
+                from desisky_tune.training.scaling import Scaling
+
+                train = self._rows.training_rows(number)
+                validation = self._rows.validation_rows(number)
+                scaling = Scaling.fit(*train)
+                arrays = training_arrays(*train, *validation, scaling)
+                self._folds[number] = _FoldRows(scaling, arrays, len(validation[0]))
+            return self._folds[number]
 
     def _program(self, trial: Assignment) -> Any:
         from desisky_tune.training.program import program_for
 
-        return program_for(
-            in_size=len(self._features),
-            out_size=len(BANDS),
-            width=int(trial.configuration["width"]),
-            depth=int(trial.configuration["depth"]),
-            batch_size=int(trial.configuration["batch_size"]),
-            loss=self._training.loss,
-            select="rmse",
-            epochs=self._training.epochs,
-        )
+        with self._lock:  # two threads that asked at once would get two programs
+            return program_for(
+                in_size=len(self._features),
+                out_size=len(BANDS),
+                width=int(trial.configuration["width"]),
+                depth=int(trial.configuration["depth"]),
+                batch_size=int(trial.configuration["batch_size"]),
+                loss=self._training.loss,
+                select="rmse",
+                epochs=self._training.epochs,
+            )
+
+    def _compile(self, program: Any, arrays: TrainingArrays) -> None:
+        """Compile a program, where it has to be: once, by the first thread that needs it."""
+        prepare = getattr(program, "prepare", None)
+        if prepare is None:
+            return  # native code
+        shapes = tuple(part.shape for part in arrays)
+        with self._lock:
+            compiled = self._compiled.setdefault(program, {}).setdefault(shapes, _Compiled())
+        with compiled.lock:
+            if not compiled.done:
+                with self.meter.spending("compiling"):
+                    prepare(arrays)
+                compiled.done = True
 
 
-def state_path(folder: Path, number: int) -> Path:
-    """Where the state of an unfinished trial lies."""
-    return folder / f"{number:05d}.state"
+def state_path(folder: Path, number: int, member: Member | None = None) -> Path:
+    """Where the state of an unfinished trial lies; of one of its members, where it has some."""
+    which = "" if member is None else f"-fold{member.fold}-seed{member.seed}"
+    return folder / f"{number:05d}{which}.state"
 
 
 def checkpoint_path(folder: Path, number: int) -> Path:
@@ -272,8 +323,12 @@ def checkpoint_path(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.eqx"
 
 
-def sweep(folder: Path, records: Iterable[TrialRecord]) -> None:
+def sweep(folder: Path, records: Collection[TrialRecord]) -> None:
     """Remove the states of finished trials: their weights have been kept, or are of no use."""
+    finished = {f"{record.number:05d}" for record in records}
+    for path in folder.glob("*-fold*.state"):
+        if path.name.split("-")[0] in finished:
+            path.unlink(missing_ok=True)
     for record in records:
         if record.state == "FAIL" or checkpoint_path(folder, record.number).exists():
             state_path(folder, record.number).unlink(missing_ok=True)
@@ -319,11 +374,11 @@ def write_checkpoint(
 
 
 def process_environment(*, gpu: bool) -> dict[str, str]:
-    """What must stand in the environment of a trial's process before JAX is imported there.
+    """What must stand in the environment of a process that trains before JAX is imported there.
 
     Compiled programs are kept in the user's cache folder: a shape that any earlier trial
-    or search has used costs a tenth of its compile. A trial that asked for no GPU must
-    not take one: Ray leaves all of them visible to it.
+    or search has used costs a tenth of its compile. Who trains on the CPU must not take a
+    GPU: Ray leaves all of them visible to it.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     defaults = {

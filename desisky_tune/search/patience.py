@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 PATIENCE_SECONDS = 600.0
 
 #: How long a trial waits by itself (s); then its session ends, and waits for it.
-TRIAL_PATIENCE_SECONDS = 60.0
+TRIAL_PATIENCE = 60.0
 
 _FIRST_PAUSE = 0.25
 _LONGEST_PAUSE = 30.0

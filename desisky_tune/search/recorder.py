@@ -11,20 +11,16 @@ from typing import Any
 
 from ray.tune import Callback, Stopper
 
-from desisky_tune.errors import StorageError
+from desisky_tune.errors import EngineError, StorageError
 from desisky_tune.search.events import Event, EventSink, Note, TrialFinished, TrialReported
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.local import sweep
-from desisky_tune.search.nodes import NodeWatch, node_of
-from desisky_tune.search.patience import check_storage, patiently
+from desisky_tune.search.patience import patiently
 from desisky_tune.search.records import Ledger, TrialRecord, best_record, finish
 from desisky_tune.search.stopping import StopRequest
 
 #: Trials that may fail one after another, before any has completed, until a search gives up.
 FAILURES_IN_A_ROW = 8
-
-#: What the reason of a trial looks like that could not read or write its files.
-_STORAGE_FAULT = re.compile(r"StorageError: |\[Errno \d+\]")
 
 
 class Recorder(Callback):
@@ -50,8 +46,6 @@ class Recorder(Callback):
         Told of each report and each finished trial.
     stop
         Told which trials run and report, so that a search that is to end waits for them.
-    nodes
-        Told how trials fare where they run.
     """
 
     def __init__(
@@ -66,7 +60,6 @@ class Recorder(Callback):
         seed: int,
         emit: EventSink,
         stop: StopRequest | None = None,
-        nodes: NodeWatch | None = None,
     ) -> None:
         self._folder = folder
         self._ledger = Ledger(folder.ledger)
@@ -81,14 +74,11 @@ class Recorder(Callback):
         self._emit = emit
         self._stop = stop or StopRequest()
         self._told_of_stop = False
-        self._nodes = nodes or NodeWatch(None)
         self.failures_in_a_row = 0
         #: Numbers of the trials whose process died and that may be tried once more.
         self.died: set[int] = set()
-        #: Whether a node was left out, so that the rest is to run elsewhere.
-        self.moves = False
         #: Why nothing more can be written, which ends the session; None while all is well.
-        self.broken: StorageError | None = None
+        self.broken: StorageError | EngineError | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the watcher: Ray Tune pickles its callbacks to disk."""
@@ -110,7 +100,6 @@ class Recorder(Callback):
         number, configuration = _identity(trial)
         self._clock.setdefault(number, time.time())
         self._stop.began(number)
-        self._nodes.started(number, node_of(trial))
         if number not in self._started:
             self._started.add(number)
             with self._keeping_faults():
@@ -123,29 +112,18 @@ class Recorder(Callback):
         number, _ = _identity(trial)
         self._stop.reported(number)
         if result.get("reason") is None:
-            self._nodes.worked(number)
             self._emit(TrialReported(number, int(result["epochs"]), float(result["objective"])))
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Record a trial that ended by itself or was pruned."""
-        number, _ = _identity(trial)
-        self._stop.ended(number)
-        result = trial.last_result
-        reason = result.get("reason")
-        if result.get("raised"):
-            self._deaths[number] += 1
-            if self._blames_node(number, str(reason)) and self._may_try_again(number):
-                self.died.add(number)
-                return
-        self._record(trial, result, reason=reason)
+        self._stop.ended(_identity(trial)[0])
+        self._record(trial, trial.last_result, reason=trial.last_result.get("reason"))
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Count a death after which Ray Tune starts the trial again by itself."""
         number, _ = _identity(trial)
         self._stop.ended(number)
         self._deaths[number] += 1
-        self._nodes.died_as(number, _error(trial))
-        self._blames_node(number, _reason(trial))
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Record a trial whose process died more often than it may.
@@ -156,37 +134,13 @@ class Recorder(Callback):
         self._stop.ended(number)
         self._deaths[number] += 1
         reason = _reason(trial)
-        self._nodes.died_as(number, _error(trial))
-        if _STORAGE_FAULT.search(reason) and not self._storage_stands():
+        if (fault := _machine_fault(reason)) is not None:
             # Not this trial's fault, and the next one would meet it too.
-            self.broken = self.broken or StorageError(reason)
-            return
-        self._blames_node(number, reason)
-        if self._may_try_again(number):
+            self.broken = self.broken or fault
+        elif self._deaths[number] <= self._max_deaths:
             self.died.add(number)
-        elif _STORAGE_FAULT.search(reason):
-            self.broken = self.broken or StorageError(reason)
         else:
             self._record(trial, trial.last_result or {}, reason=reason)
-
-    def _may_try_again(self, number: int) -> bool:
-        return self._deaths[number] <= self._max_deaths
-
-    def _blames_node(self, number: int, reason: str) -> bool:
-        """Return whether the node of a trial that failed may be to blame; leave it out, or not."""
-        before = set(self._nodes.left_out)
-        blamed = self._nodes.failed(number, reason)
-        for node in set(self._nodes.left_out) - before:
-            innocent = self._nodes.innocent(node)
-            self._deaths.subtract(innocent)
-            self.moves = True
-            self._emit(
-                Note(
-                    f"node {self._nodes.address(node)} gets no more trials: {len(innocent)} failed "
-                    f"there one after another, the last with: {reason}"
-                )
-            )
-        return blamed
 
     def _patiently(self, write: Callable[[], object]) -> None:
         """Write to the run's folder, again and again while that fails."""
@@ -203,13 +157,6 @@ class Recorder(Callback):
             give_up=lambda: self._stop.asked is not None,
         )
 
-    def _storage_stands(self) -> bool:
-        try:
-            check_storage(self._folder.search_json)
-        except OSError:
-            return False
-        return True
-
     def has_to_end(self) -> bool:
         """Whether the session is to end now: asked to, hopeless, or unable to write."""
         if self._stop.asked is not None and not self._told_of_stop:
@@ -220,7 +167,7 @@ class Recorder(Callback):
                     f"{self._stop.grace:g} s; a second one ends the search at once"
                 )
             )
-        return self._stop.is_due or self.gives_up or self.moves or self.broken is not None
+        return self._stop.is_due or self.gives_up or self.broken is not None
 
     @contextmanager
     def _keeping_faults(self) -> Iterator[None]:
@@ -278,7 +225,8 @@ def _identity(trial: Any) -> tuple[int, dict[str, Any]]:
 
 
 def _reason(trial: Any) -> str:
-    lines = [line.strip() for line in _error(trial).splitlines() if line.strip()]
+    error = trial.get_error() if hasattr(trial, "get_error") else None
+    lines = [line.strip() for line in str(error or "").splitlines() if line.strip()]
     # Ray Tune numbers the failures of a trial in the file that it keeps of them.
     said = [line for line in lines if not line.startswith("Failure # ")]
     if not said:
@@ -288,8 +236,13 @@ def _reason(trial: Any) -> str:
     return text[:500]
 
 
-def _error(trial: Any) -> str:
-    return str((trial.get_error() if hasattr(trial, "get_error") else None) or "")
+def _machine_fault(reason: str) -> StorageError | EngineError | None:
+    """Return a fault of the machine that the reason of a trial tells of."""
+    if (found := re.search(r"EngineError: (.*)", reason)) is not None:
+        return EngineError(found[1])
+    if (found := re.search(r"StorageError: (.*)|(\[Errno \d+\].*)", reason)) is not None:
+        return StorageError(found[1] or found[2])
+    return None
 
 
 def _nobody(event: Event) -> None:

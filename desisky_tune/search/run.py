@@ -19,6 +19,7 @@ from desisky_tune.search.events import (
     EventSink,
     SearchFinished,
 )
+from desisky_tune.search.figures import SessionFigures
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.leaderboard import leaderboard
 from desisky_tune.search.local import sweep
@@ -129,8 +130,8 @@ def run_search(
             with folder.lock():
                 write_run(run)
                 stop.run_dir = folder.path
-                _search(run, ray, emit, stop, local=address is None)
-                return _finish(run, emit, started)
+                figures = _search(run, ray, emit, stop, local=address is None)
+                return _finish(run, emit, started, figures)
 
 
 def resume_search(
@@ -159,15 +160,18 @@ def resume_search(
         stop.run_dir = run.folder.path
         ended = "result" in run.folder.read_search()
         records = Ledger(run.folder.ledger).records()
+        figures: list[SessionFigures] = []
         if not ended and remaining_trials(run.spec.search.trials, records):
             with ray_session(address=address, dashboard=dashboard) as ray:
                 stop.listen()
-                _search(run, ray, emit, stop, local=address is None)
-        return _finish(run, emit, started)
+                figures = _search(run, ray, emit, stop, local=address is None)
+        return _finish(run, emit, started, figures)
 
 
-def _search(run: SearchRun, ray: Any, emit: EventSink, stop: StopRequest, *, local: bool) -> None:
-    """Run the trials that are still to be run."""
+def _search(
+    run: SearchRun, ray: Any, emit: EventSink, stop: StopRequest, *, local: bool
+) -> list[SessionFigures]:
+    """Run the trials that are still to be run; return what the engines did."""
     parts = {name: getattr(run.split, name) for name in ("train", "validation", "test")}
     nights = run.table.frame["NIGHT"]
     emit(
@@ -184,10 +188,12 @@ def _search(run: SearchRun, ray: Any, emit: EventSink, stop: StopRequest, *, loc
 
     known = Ledger(run.folder.ledger).records()
     with measured(run.folder.name, run.spec.search.trials, known, emit) as told:
-        run_trials(run, ray, told, local=local, stop=stop)
+        return run_trials(run, ray, told, local=local, stop=stop)
 
 
-def _finish(run: SearchRun, emit: EventSink, started: float) -> SearchResult:
+def _finish(
+    run: SearchRun, emit: EventSink, started: float, figures: list[SessionFigures]
+) -> SearchResult:
     """Write the tables, choose the winner, write it, measure it."""
     folder, spec = run.folder, run.spec
     records = sorted(Ledger(folder.ledger).records(), key=lambda record: record.number)
@@ -206,7 +212,12 @@ def _finish(run: SearchRun, emit: EventSink, started: float) -> SearchResult:
         for state in ("COMPLETE", "PRUNED", "FAIL")
     }
     content = folder.read_search()
-    sessions = [*content.get("sessions", []), {"ended": now(), "seconds": round(seconds, 3)}]
+    session = {
+        "ended": now(),
+        "seconds": round(seconds, 3),
+        "engines": [each.as_dict() for each in figures],
+    }
+    sessions = [*content.get("sessions", []), session]
     folder.write_search(
         {
             **{key: value for key, value in content.items() if key != "schema"},

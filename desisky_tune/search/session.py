@@ -20,19 +20,29 @@ from typing import Any
 
 from ray import tune
 
-from desisky_tune.errors import RunError, SearchError, SearchInterrupted
+from desisky_tune.errors import SearchError, SearchInterrupted
+from desisky_tune.search.engine import Work
+from desisky_tune.search.engine_client import EngineBackend
+from desisky_tune.search.engines import (
+    TRIAL_CPUS,
+    EngineWatch,
+    RunningEngines,
+    nodes_of,
+    plan_engines,
+    running_engines,
+)
 from desisky_tune.search.events import EventSink, Note, SearchStarted
-from desisky_tune.search.local import LocalBackend, SearchArrays, process_environment
-from desisky_tune.search.nodes import NodeWatch
+from desisky_tune.search.figures import SessionFigures
+from desisky_tune.search.folds import search_arrays, search_members
 from desisky_tune.search.origin import SearchRun, checkpoint_header
 from desisky_tune.search.recorder import GiveUp, Recorder
-from desisky_tune.search.records import Ledger, best_record, remaining_trials
+from desisky_tune.search.records import Ledger, TrialRecord, best_record, remaining_trials
 from desisky_tune.search.restarts import Restarts
 from desisky_tune.search.schedulers import make_scheduler
 from desisky_tune.search.searcher import StudySearch, rebuild_study
-from desisky_tune.search.space import SearchSpec, rungs
+from desisky_tune.search.space import rungs
 from desisky_tune.search.stopping import StopRequest
-from desisky_tune.search.trial import Roster, SearchTrial, TrialPlan
+from desisky_tune.search.trial import SearchTrial, TrialPlan
 
 #: What Ray Tune reads from the environment; the search draws and writes its own.
 TUNE_ENVIRONMENT: Mapping[str, str] = {
@@ -46,7 +56,7 @@ TUNE_ENVIRONMENT: Mapping[str, str] = {
 
 def run_trials(
     run: SearchRun, ray: Any, emit: EventSink, *, local: bool, stop: StopRequest | None = None
-) -> None:
+) -> list[SessionFigures]:
     """Run trials until each has a record, or until something ends the search early.
 
     Parameters
@@ -62,8 +72,17 @@ def run_trials(
     stop
         What signals ask of the search.
 
+    Returns
+    -------
+    list of SessionFigures
+        What the engines did, by session.
+
     Raises
     ------
+    EngineError
+        When no engine could be started, or started again.
+    RunError
+        When not one trial fits on what Ray has.
     SearchError
         When every trial failed, or they failed one after another from the first on.
     SearchInterrupted
@@ -76,20 +95,20 @@ def run_trials(
     limit, trials = spec.search.time_limit, spec.search.trials
     deadline = None if limit is None else time.monotonic() + limit
     deaths: Counter[int] = Counter()
-    needs = {"CPU": spec.resources.cpus_per_trial, "GPU": spec.resources.gpus_per_trial}
-    nodes = NodeWatch(ray, needs)
+    told: list[SessionFigures] = []
     restarts = Restarts(folder, emit, stop)
     first = True
     while True:
         try:
-            recorder = _run_session(
-                run, ray, emit, deaths, deadline, stop, nodes, local=local, first=first
+            recorder, figures = _run_session(
+                run, ray, emit, deaths, deadline, stop, local=local, first=first
             )
         except Exception as fault:
             restarts.after(fault)
             continue
         finally:
             first = False
+        told.append(figures)
         records = recorder.records
         if recorder.broken is not None:
             restarts.after(recorder.broken)
@@ -103,9 +122,7 @@ def run_trials(
         if stop.asked is not None:
             break
         if not unfinished:
-            return
-        if recorder.moves:
-            continue
+            return told
         if len(recorder.died) < unfinished:
             break
         # Only trials whose process died are left, and each may be tried again.
@@ -118,6 +135,7 @@ def run_trials(
     if deadline is None or time.monotonic() < deadline or best_record(records) is None:
         raise SearchInterrupted(folder.path, done, trials)
     emit(Note(f"the time limit of {limit:g} s ended the search after {done} of {trials} trials"))
+    return told
 
 
 def _run_session(
@@ -127,39 +145,28 @@ def _run_session(
     deaths: Counter[int],
     deadline: float | None,
     stop: StopRequest,
-    nodes: NodeWatch,
     *,
     local: bool,
     first: bool,
-) -> Recorder:
+) -> tuple[Recorder, SessionFigures]:
     """Run the trials that have no record yet in one experiment of Ray Tune."""
     spec, folder = run.spec, run.folder
     known = Ledger(folder.ledger).records()
-    finished = {record.number for record in known}
-    handed_out = folder.read_started()
-    pending = [(n, c) for n, c in sorted(handed_out.items()) if n not in finished]
     remaining = remaining_trials(spec.search.trials, known)
-    concurrency = min(_concurrency(spec, nodes, ray, emit, local=local), remaining)
-
-    # Also where no trial has begun: a killed driver may have left a study with one in it.
-    rebuild_study(folder.study, spec, known)
-    searcher = StudySearch(spec, folder.study, workers=concurrency)
-    searcher.prime(known, pending)
-    scheduler = make_scheduler(spec, stop)
-    scheduler.prime(known)
-
-    arrays = SearchArrays.from_table(
-        run.table, run.split.train, run.split.validation, spec.data.features
-    )
-    plan = TrialPlan(
-        rungs=tuple(rungs(spec)),
-        seed=spec.training.seed,
-        backend=functools.partial(
-            _local_backend, ray.put(arrays), spec.training, folder.trials, checkpoint_header(run)
-        ),
-        environment=process_environment(gpu=spec.resources.gpus_per_trial > 0),
-    )
-    roster = ray.remote(num_cpus=0)(Roster).remote(concurrency) if concurrency > 1 else None
+    plans = plan_engines(nodes_of(ray), spec.resources, emit, local=local)
+    in_flight = min(sum(plan.room for plan in plans), remaining)
+    if first:
+        emit(
+            SearchStarted(
+                name=folder.name,
+                run_dir=folder.path,
+                trials=spec.search.trials,
+                epochs=spec.training.epochs,
+                concurrency=min(sum(plan.slots for plan in plans), remaining),
+                finished=len(known),
+                dashboard_url=_dashboard_url(ray),
+            )
+        )
     recorder = Recorder(
         folder,
         known,
@@ -170,22 +177,46 @@ def _run_session(
         seed=spec.training.seed,
         emit=emit,
         stop=stop,
-        nodes=nodes,
     )
-    if first:
-        emit(
-            SearchStarted(
-                name=folder.name,
-                run_dir=folder.path,
-                trials=spec.search.trials,
-                epochs=spec.training.epochs,
-                concurrency=concurrency,
-                finished=len(known),
-                dashboard_url=_dashboard_url(ray),
-            )
-        )
+    work = Work(folder.name, spec.training, folder.trials, checkpoint_header(run))
+    with running_engines(ray, plans, work, search_arrays(run), in_flight) as engines:
+        _fit(run, recorder, known, engines, in_flight, deadline, stop, ray=ray, emit=emit)
+        figures = engines.close(len(recorder.records) - len(known))
+    return recorder, figures
+
+
+def _fit(
+    run: SearchRun,
+    recorder: Recorder,
+    known: list[TrialRecord],
+    engines: RunningEngines,
+    in_flight: int,
+    deadline: float | None,
+    stop: StopRequest,
+    *,
+    ray: Any,
+    emit: EventSink,
+) -> None:
+    """Let Ray Tune run light trials, `in_flight` at a time, that ask the engines to train."""
+    spec, folder = run.spec, run.folder
+    finished = {record.number for record in known}
+    started = sorted(folder.read_started().items())
+    # Also where no trial has begun: a killed driver may have left a study with one in it.
+    rebuild_study(folder.study, spec, known)
+    searcher = StudySearch(spec, folder.study, workers=in_flight)
+    searcher.prime(known, [(n, c) for n, c in started if n not in finished])
+    scheduler = make_scheduler(spec, stop)
+    scheduler.prime(known)
+    plan = TrialPlan(
+        rungs=tuple(rungs(spec)),
+        seed=spec.training.seed,
+        backend=functools.partial(EngineBackend, engines.dispatcher, spec.search.max_failures),
+        environment={},
+        members=search_members(spec),
+    )
     trainable = tune.with_resources(
-        tune.with_parameters(SearchTrial, plan=plan, roster=roster), nodes.request()
+        tune.with_parameters(SearchTrial, plan=plan, roster=engines.dispatcher),
+        {"cpu": TRIAL_CPUS},
     )
     tuner = tune.Tuner(
         trainable,
@@ -194,8 +225,8 @@ def _run_session(
             mode="min",
             search_alg=searcher,
             scheduler=scheduler,
-            num_samples=remaining,
-            max_concurrent_trials=concurrency,
+            num_samples=remaining_trials(spec.search.trials, known),
+            max_concurrent_trials=in_flight,
             reuse_actors=True,
             time_budget_s=None if deadline is None else max(1.0, deadline - time.monotonic()),
             trial_name_creator=_trial_name,
@@ -204,7 +235,8 @@ def _run_session(
         run_config=tune.RunConfig(
             name=f"session-{len(list(folder.tune.glob('session-*'))) + 1}",
             storage_path=str(folder.tune),
-            callbacks=[recorder],
+            # In this order: a trial has its record before its engine lets go of it.
+            callbacks=[recorder, EngineWatch(ray, engines.dispatcher, emit)],
             stop=GiveUp(recorder),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=spec.search.max_failures),
@@ -216,45 +248,6 @@ def _run_session(
             tuner.fit()
     finally:
         searcher.close()
-        if roster is not None:
-            ray.kill(roster)  # Ray Tune keeps what trials are given, and it would live on
-    return recorder
-
-
-def _local_backend(arrays: Any, *shared: Any) -> LocalBackend:
-    """Make a trial process's backend around the arrays in Ray's object store."""
-    import ray
-
-    return LocalBackend(ray.get(arrays), *shared)
-
-
-def _concurrency(
-    spec: SearchSpec, nodes: NodeWatch, ray: Any, emit: EventSink, *, local: bool
-) -> int:
-    """Trials at a time: what the specification says, or what the cluster holds.
-
-    Raises
-    ------
-    RunError
-        When not one trial fits, and nothing can come that it would fit on.
-    """
-    asked, have = spec.resources, nodes.without_left_out(ray.cluster_resources())
-    room = have.get("CPU", 0.0) / asked.cpus_per_trial
-    if asked.gpus_per_trial:
-        room = min(room, have.get("GPU", 0.0) / asked.gpus_per_trial)
-    needs = (
-        f"a trial asks for {asked.cpus_per_trial:g} CPU and {asked.gpus_per_trial:g} GPU; "
-        f"Ray has {have.get('CPU', 0):g} CPU and {have.get('GPU', 0):g} GPU"
-    )
-    if room < 1 and (local or asked.workers is None):
-        raise RunError(f"resources: {needs}")
-    if asked.workers is None:
-        return int(room)
-    if asked.workers > room:
-        emit(Note(f"{asked.workers} workers were asked for: {needs}"))
-        if local:
-            return int(room)
-    return asked.workers
 
 
 def _dashboard_url(ray: Any) -> str | None:

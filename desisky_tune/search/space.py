@@ -182,10 +182,19 @@ def _only(value: int, what: str) -> AfterValidator:
 
 
 class EvaluationSpec(_Section):
-    """How a configuration is measured: one split, one seed."""
+    """How a configuration is measured.
 
-    folds: Annotated[Whole, _only(1, "cross-validation")] = 1
-    seeds: Annotated[Whole, _only(1, "several seeds per trial")] = 1
+    Attributes
+    ----------
+    folds
+        1: the split's validation rows. More: each trial trains on so many folds of the
+        training and validation rows, whole groups of ``split.by``.
+    seeds
+        Each trial trains with so many seeds, from ``training.seed`` on.
+    """
+
+    folds: Annotated[Whole, Field(ge=1, le=100)] = 1
+    seeds: Annotated[Whole, Field(ge=1, le=100)] = 1
     finalists: Annotated[Whole, _only(0, "a stage of finalists")] = 0
 
 

@@ -1,4 +1,4 @@
-"""A search's trial as Ray Tune sees it, and the roster that lets all of them in.
+"""A search's trial as Ray Tune sees it.
 
 A trial is a thin class trainable: it asks a backend to take its configuration to
 the next rung and reports what comes back. One process serves many trials in turn
@@ -8,7 +8,6 @@ in `cleanup`.
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from typing import Any
 
 from ray import tune
 
-from desisky_tune.search.backend import Assignment, Backend, Progress
+from desisky_tune.errors import EngineError
+from desisky_tune.search.backend import Assignment, Backend, Member, stopped_by
 
 #: Seconds that a first result waits for the other trial processes to start.
 ROSTER_PATIENCE = 60.0
@@ -36,42 +36,15 @@ class TrialPlan:
         Makes the backend inside the trial's process; called once per process.
     environment
         Set in the trial's process before JAX is imported there.
+    members
+        What each trial trains, where it is more than one training.
     """
 
     rungs: tuple[int, ...]
     seed: int
     backend: Callable[[], Backend]
     environment: Mapping[str, str]
-
-
-class Roster:
-    """Counts the trial processes that have started (an asyncio Ray actor).
-
-    Ray Tune hands a process that finished early the next trial and then kills the
-    processes that are still starting; a whole search can end up in one process.
-    Holding the first results until all have joined prevents it.
-    """
-
-    def __init__(self, expected: int) -> None:
-        self._expected = expected
-        self._joined: set[str] = set()
-        self._full = asyncio.Event()
-
-    async def join(self, member: str) -> None:
-        """Count a process in; a second call by the same one changes nothing."""
-        self._joined.add(member)
-        if len(self._joined) >= self._expected:
-            self._full.set()
-
-    async def wait(self, patience: float) -> bool:
-        """Return True once all have joined, False after `patience` seconds."""
-        try:
-            await asyncio.wait_for(self._full.wait(), patience)
-        except TimeoutError:
-            # One wait is enough: the rest of the search goes on with those that came.
-            self._full.set()
-            return False
-        return True
+    members: tuple[Member, ...] = ()
 
 
 class SearchTrial(tune.Trainable):
@@ -97,16 +70,15 @@ class SearchTrial(tune.Trainable):
 
         An exception in the backend ends this trial, with the reason in its result,
         and not the process: the same configuration would raise again. A fault of the
-        machine (a full disk) is none of the trial's: it is raised.
+        machine (a full disk, engines that are gone) is none of the trial's: it is raised.
         """
         target = next(rung for rung in self._plan.rungs if rung > self._epochs)
-        raised = False
         try:
             progress = self._backend.advance(self._assignment, target)
-        except OSError:
+        except (OSError, EngineError):
             raise
         except Exception as error:
-            progress, raised = _stopped_by(error, self._epochs), True
+            progress = stopped_by(error, self._epochs)
         if self._roster is not None:
             import ray
 
@@ -114,8 +86,7 @@ class SearchTrial(tune.Trainable):
             self._roster = None
         self._epochs = progress.epochs
         done = progress.failed or progress.epochs >= self._plan.rungs[-1]
-        result = progress.as_result(self._plan.rungs)
-        return {**result, "seed": self._plan.seed, "raised": raised, "done": done}
+        return {**progress.as_result(self._plan.rungs), "seed": self._plan.seed, "done": done}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Release the trial that was, and begin the next in the same process."""
@@ -135,21 +106,7 @@ class SearchTrial(tune.Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         configuration = {name: value for name, value in config.items() if name != "trial"}
-        self._assignment = Assignment(int(config["trial"]), configuration, self._plan.seed)
+        self._assignment = Assignment(
+            int(config["trial"]), configuration, self._plan.seed, self._plan.members
+        )
         self._epochs = 0
-
-
-def _stopped_by(error: Exception, epochs: int) -> Progress:
-    lines = str(error).strip().splitlines()
-    reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-    nan = float("nan")
-    return Progress(
-        epochs=epochs,
-        objective=nan,
-        best_epoch=-1,
-        rmse={},
-        train_loss=nan,
-        test_loss=nan,
-        seconds=0.0,
-        reason=reason[:500],
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from searches import RANDOM, assert_nothing_lost, assert_the_same, search, spec_of
 
-from desisky_tune.search.nodes import FAILURES_OF_A_NODE, NodeWatch
+from desisky_tune.search.dispatch import FAILURES_IN_A_ROW, Dispatcher
 from desisky_tune.search.records import TrialRecord
 
 ONE = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 100 * 1024**2}
@@ -33,79 +34,94 @@ def test_a_search_outlives_a_bad_node_and_a_lost_one(
     doomed = cluster.add_node(**ONE)
     overrides = (*RANDOM, "resources.workers=3")
     command = search(tmp_path, "nodes", overrides, "--address", cluster.address)
-    said = command.until("gets no more trials")
-    assert f"{FAILURES_OF_A_NODE} failed there one after another" in said
     command.until("at epoch", "COMPLETE")
     cluster.remove_node(doomed, allow_graceful=False)
     assert command.ends() == 0, command.lines
-    assert sum("gets no more trials" in line for line in command.lines) == 1
     assert_the_same(assert_nothing_lost(tmp_path / "nodes", spec_of(RANDOM)), undisturbed)
+    said = [line for line in command.lines if line.startswith("note: an engine")]
+    assert any("is lost, and its trials go on elsewhere" in line for line in said), command.lines
 
 
-class FakeRay:
-    """As much of Ray as `NodeWatch` asks for."""
+class FakeCall:
+    """A method of an actor that answers at once."""
 
-    def __init__(self, *names: str) -> None:
-        self.alive = dict.fromkeys(names, True)
-
-    def nodes(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "NodeID": name,
-                "Alive": alive,
-                "Resources": {"CPU": 4.0},
-                "NodeManagerHostname": f"{name}.cluster",
-                "NodeManagerAddress": "10.0.0.1",
-            }
-            for name, alive in self.alive.items()
-        ]
+    def remote(self, *arguments: Any) -> Any:
+        answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        answer.set_result(1)
+        return answer
 
 
-def watch(*names: str) -> NodeWatch:
-    return NodeWatch(FakeRay(*names), {"CPU": 1.0, "GPU": 0.0})
+class FakeEngine:
+    """As much of an engine's handle as the dispatcher calls."""
+
+    ready = FakeCall()
+    release = FakeCall()
 
 
-def test_a_node_is_left_out_after_failures_one_after_another() -> None:
-    nodes = watch("good", "bad")
-    for number in range(FAILURES_OF_A_NODE):
-        nodes.started(number, "bad")
-        assert "bad" not in nodes.left_out
-        assert nodes.failed(number, "no CUDA device")
-    assert nodes.left_out == {"bad": "no CUDA device"}
-    assert nodes.usable() == ["good"]
-    assert nodes.innocent("bad") == [0, 1, 2]
-    assert nodes.without_left_out({"CPU": 8.0}) == {"CPU": 4.0}
+async def dispatcher(engines: int, room: int = 9) -> tuple[Dispatcher, list[FakeEngine]]:
+    """A dispatcher with engines that have started."""
+    made = Dispatcher(expected=1)
+    handles = [FakeEngine() for _ in range(engines)]
+    await made.add([(handle, room) for handle in handles])
+    await asyncio.gather(*made._watches)
+    return made, handles
 
 
-def test_one_good_report_clears_a_node() -> None:
-    nodes = watch("one", "two")
-    for number in range(3 * FAILURES_OF_A_NODE):
-        nodes.started(number, "one")
-        if number % FAILURES_OF_A_NODE == 1:
-            nodes.worked(number)
-        else:
-            assert nodes.failed(number, "killed")
-    assert not nodes.left_out
+def test_an_engine_at_which_trials_fail_one_after_another_is_left_out() -> None:
+    async def scene() -> None:
+        made, _ = await dispatcher(2)
+        moved = []
+        for number in range(40):
+            home, _ = await made.place(number)
+            if home == 0:
+                assert await made.failed(number, "no CUDA device")
+                moved.append(number)
+                assert (await made.place(number))[0] == 1
+            await made.ended(number, well=True)
+        assert len(moved) == FAILURES_IN_A_ROW
+        (said,) = made._news
+        assert "no more trials: 3 failed there" in said
+        assert "no CUDA device" in said
+
+    asyncio.run(scene())
 
 
-def test_the_last_node_is_never_left_out() -> None:
-    nodes = watch("only")
-    nodes.started(0, "only")
-    assert not any(nodes.failed(0, "raised") for _ in range(9))
-    assert not nodes.left_out
+def test_a_trial_that_fails_everywhere_is_to_blame_itself() -> None:
+    async def scene() -> None:
+        made, _ = await dispatcher(3)
+        for number in range(4 * FAILURES_IN_A_ROW):
+            await made.place(number)
+            assert await made.failed(number, "ValueError: no")
+            await made.place(number)
+            assert not await made.failed(number, "ValueError: no")
+            await made.ended(number)
+        assert made._news == []
+        assert all(engine.lost is None for engine in made._engines)
+
+    asyncio.run(scene())
 
 
-def test_a_node_that_is_gone_needs_no_leaving_out() -> None:
-    nodes = watch("one", "two")
-    nodes._ray.alive["two"] = False
-    nodes.started(0, "two")
-    assert all(nodes.failed(0, "its node died") for _ in range(9))
-    assert not nodes.left_out
+def test_one_good_trial_clears_an_engine() -> None:
+    async def scene() -> None:
+        made, _ = await dispatcher(2)
+        for number in range(6 * FAILURES_IN_A_ROW):
+            home, _ = await made.place(number)
+            if home == 0 and made._engines[0].failures < FAILURES_IN_A_ROW - 1:
+                assert await made.failed(number, "killed")
+                await made.place(number)
+            await made.ended(number, well=True)
+        assert made._news == []
+
+    asyncio.run(scene())
 
 
-def test_trials_are_placed_elsewhere() -> None:
-    nodes = watch("one", "two")
-    assert nodes.request().required_resources == {"CPU": 1.0}
-    nodes.left_out = {"abc": "", "def": ""}
-    where = nodes.request()._bound.kwargs["bundle_label_selector"]
-    assert where == [{"ray.io/node-id": "!in(abc, def)"}]
+def test_the_only_engine_is_never_left_out() -> None:
+    async def scene() -> None:
+        made, _ = await dispatcher(1)
+        for number in range(9):
+            await made.place(number)
+            assert not await made.failed(number, "raised")
+            await made.ended(number)
+        assert made._engines[0].lost is None
+
+    asyncio.run(scene())

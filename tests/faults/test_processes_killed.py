@@ -17,7 +17,10 @@ from desisky_tune.search.run import run_search
 def trial_processes() -> list[psutil.Process]:
     """The processes of the trials of this test session's Ray."""
     mine = psutil.Process().children(recursive=True)
-    return sorted((p for p in mine if p.name().startswith("ray::SearchTria")), key=lambda p: p.pid)
+    return sorted(
+        (p for p in mine if p.name().startswith(("ray::SearchTria", "ray::Engine"))),
+        key=lambda p: p.pid,
+    )
 
 
 def test_trials_whose_process_is_killed_go_on(
