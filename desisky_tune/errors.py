@@ -100,7 +100,7 @@ class SearchInterrupted(KeyboardInterrupt):
 
     def __init__(
         self,
-        run_dir: Path | None,
+        run_dir: Path | str | None,
         done: int | None = None,
         total: int | None = None,
         *,

@@ -23,6 +23,7 @@ from desisky_tune.search.figures import EngineFigures, Meter
 if TYPE_CHECKING:
     from desisky_tune.search.arrays import SearchArrays
     from desisky_tune.search.space import TrainingSpec
+    from desisky_tune.search.storage import RunMirror
 
 Device = Literal["cpu", "gpu"]
 
@@ -44,12 +45,15 @@ class Work:
         Where the states and the checkpoints of the trials are written.
     header
         Further keys for the header of each checkpoint.
+    mirror
+        Where these files are put as well, for a run on a URL.
     """
 
     run: str
     training: TrainingSpec
     folder: Path
     header: Mapping[str, Any]
+    mirror: RunMirror | None = None
 
 
 def make_backend(device: Device, work: Work, arrays: SearchArrays) -> Backend:
@@ -61,7 +65,7 @@ def make_backend(device: Device, work: Work, arrays: SearchArrays) -> Backend:
     """
     from desisky_tune.search.local import LocalBackend
 
-    return LocalBackend(arrays, work.training, work.folder, work.header)
+    return LocalBackend(arrays, work.training, work.folder, work.header, work.mirror)
 
 
 class Gate:

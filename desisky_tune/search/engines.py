@@ -38,6 +38,9 @@ FIGURES_PERIOD = 2.0
 #: How long the engines may take to keep the last weights, when a session ends (s).
 CLOSING_PATIENCE = 120.0
 
+#: The same where the search was asked to end, or cannot write: a resume makes up for it (s).
+LEAVING_PATIENCE = 5.0
+
 
 @dataclass(frozen=True)
 class Node:
@@ -233,21 +236,23 @@ class RunningEngines:
         known = [(engine, plan.room) for engine, plan in zip(self._engines, plans, strict=True)]
         self.dispatcher.add.remote(known)
 
-    def close(self, trials: int) -> SessionFigures:
+    def close(self, trials: int, patience: float = CLOSING_PATIENCE) -> SessionFigures:
         """Let the engines keep what they still hold, and return what they did.
 
         Parameters
         ----------
         trials
             That ended in the session.
+        patience
+            How long each answer may take (s).
         """
         figures: list[EngineFigures] = []
         processes: dict[str, int] = {}
         with suppress(self._ray.exceptions.RayError):
             for question in (self.dispatcher.figures, self.dispatcher.drain):
-                answer = self._ray.get(question.remote(), timeout=CLOSING_PATIENCE)
+                answer = self._ray.get(question.remote(), timeout=patience)
                 figures = answer or figures
-            processes = self._ray.get(self.dispatcher.processes.remote(), timeout=CLOSING_PATIENCE)
+            processes = self._ray.get(self.dispatcher.processes.remote(), timeout=patience)
         return SessionFigures(tuple(figures), processes, trials)
 
     def kill(self) -> None:

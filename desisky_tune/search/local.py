@@ -29,6 +29,7 @@ from desisky_tune.search.pooling import MemberCurve, pooled_progress
 if TYPE_CHECKING:
     from desisky_tune.search.records import TrialRecord
     from desisky_tune.search.space import TrainingSpec
+    from desisky_tune.search.storage import RunMirror
     from desisky_tune.training.program import TrainingArrays
     from desisky_tune.training.scaling import Scaling
 
@@ -98,6 +99,8 @@ class LocalBackend:
         Where the states and the checkpoints of the trials are written.
     header
         Further keys for the header of each checkpoint: where it comes from.
+    mirror
+        Where a run on a URL has its files: each is put there, and fetched when it is wanted.
 
     Attributes
     ----------
@@ -111,7 +114,9 @@ class LocalBackend:
         training: TrainingSpec,
         folder: Path,
         header: Mapping[str, Any] | None = None,
+        mirror: RunMirror | None = None,
     ) -> None:
+        self._mirror = mirror
         self._training = training
         self._folder = folder
         self._header = dict(header or {})
@@ -160,9 +165,10 @@ class LocalBackend:
             if not trainings or len(trial.trainings) > 1 or self._progress(trial, trainings).failed:
                 return
             ((member, training),) = trainings.items()
+            path = checkpoint_path(self._folder, trial.number)
             write = functools.partial(
                 write_checkpoint,
-                checkpoint_path(self._folder, trial.number),
+                path,
                 training.program.best_model(training.state),
                 self._progress(trial, trainings),
                 trial,
@@ -172,6 +178,8 @@ class LocalBackend:
                 self._header,
             )
             patiently(write, limit=TRIAL_PATIENCE)
+            if self._mirror is not None:
+                patiently(functools.partial(self._mirror.put, path), limit=TRIAL_PATIENCE)
 
     def _train(
         self, trial: Assignment, member: Member, training: _Training, epochs: int
@@ -239,8 +247,11 @@ class LocalBackend:
         """
         program = self._program(trial)
         self._compile(program, self._fold(member.fold).arrays)
+        path = self._state_path(trial, member)
+        if self._mirror is not None:
+            self._mirror.fetch(path)
         try:
-            state, notes = program.load_state(self._state_path(trial, member))
+            state, notes = program.load_state(path)
             if notes["trial"] == self._key(trial, member):
                 return _Training(program, state, **notes["progress"])
         except (MissingFileError, CheckpointError, KeyError, TypeError):
@@ -255,7 +266,10 @@ class LocalBackend:
             "objectives": training.objectives,
         }
         notes = {"trial": self._key(trial, member), "progress": progress}
-        training.program.save_state(self._state_path(trial, member), training.state, notes)
+        path = self._state_path(trial, member)
+        training.program.save_state(path, training.state, notes)
+        if self._mirror is not None:
+            self._mirror.put(path)
 
     def _state_path(self, trial: Assignment, member: Member) -> Path:
         return state_path(self._folder, trial.number, member if trial.members else None)

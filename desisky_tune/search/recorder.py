@@ -16,7 +16,13 @@ from desisky_tune.search.events import Event, EventSink, Note, TrialFinished, Tr
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.local import sweep
 from desisky_tune.search.patience import patiently
-from desisky_tune.search.records import Ledger, TrialRecord, best_record, finish
+from desisky_tune.search.records import (
+    Ledger,
+    TrialRecord,
+    best_record,
+    finish,
+    record_to_json,
+)
 from desisky_tune.search.stopping import StopRequest
 
 #: Trials that may fail one after another, before any has completed, until a search gives up.
@@ -142,6 +148,12 @@ class Recorder(Callback):
         else:
             self._record(trial, trial.last_result or {}, reason=reason)
 
+    def _keep(self, record: TrialRecord) -> None:
+        mirror = self._folder.mirror
+        if mirror is not None:
+            mirror.put_json(f"ledger/{record.number:05d}.json", record_to_json(record))
+        self._ledger.append(record)
+
     def _patiently(self, write: Callable[[], object]) -> None:
         """Write to the run's folder, again and again while that fails."""
 
@@ -192,7 +204,7 @@ class Recorder(Callback):
             ended=time.time(),
         )
         with self._keeping_faults():
-            self._patiently(lambda: self._ledger.append(record))
+            self._patiently(lambda: self._keep(record))
         if self.broken is not None:
             return
         self._records[number] = record

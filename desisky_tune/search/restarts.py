@@ -83,5 +83,5 @@ class Restarts:
     def _lost(self, cause: Exception) -> StorageLostError:
         return StorageLostError(
             f"storage fails and does not come back ({cause}); when it has, continue with "
-            f"'desisky-tune resume {self._folder.path}'"
+            f"'desisky-tune resume {self._folder.place}'"
         )

@@ -22,7 +22,7 @@ from desisky_tune.search.events import (
 from desisky_tune.search.figures import SessionFigures
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.leaderboard import leaderboard
-from desisky_tune.search.local import sweep
+from desisky_tune.search.local import checkpoint_path, state_path, sweep
 from desisky_tune.search.origin import SearchRun, now, open_run, write_run
 from desisky_tune.search.records import (
     Ledger,
@@ -31,7 +31,7 @@ from desisky_tune.search.records import (
     remaining_trials,
     write_tables,
 )
-from desisky_tune.search.space import SearchSpec, load_spec
+from desisky_tune.search.space import SearchSpec, default_configuration, load_spec
 from desisky_tune.search.stopping import StopRequest, stop_signals
 from desisky_tune.search.winner import crown
 
@@ -46,7 +46,9 @@ class SearchResult:
     Attributes
     ----------
     run_dir
-        The run's folder.
+        The run's folder; of a run on a URL, the copy of it that this process has.
+    place
+        How commands call the run: its folder, or its URL.
     records
         Every trial, by number.
     winner
@@ -63,6 +65,7 @@ class SearchResult:
     """
 
     run_dir: Path
+    place: Path | str
     records: list[TrialRecord]
     winner: TrialRecord
     checkpoint: Path
@@ -87,7 +90,7 @@ def run_search(
     spec
         The specification, or the name or path of a space file.
     runs
-        Folder that holds the runs.
+        Folder, or URL (``s3://``, ``gs://``, ``file://``), that holds the runs.
     name
         Name of the run; by default the specification's, with a number where it is taken.
     address
@@ -129,7 +132,7 @@ def run_search(
             run = SearchRun(folder, spec, table, split)
             with folder.lock():
                 write_run(run)
-                stop.run_dir = folder.path
+                stop.run_dir = folder.place
                 figures = _search(run, ray, emit, stop, local=address is None)
                 return _finish(run, emit, started, figures)
 
@@ -157,7 +160,7 @@ def resume_search(
     started = time.time()
     run = open_run(run_dir)
     with run.folder.lock(), stop_signals() as stop:
-        stop.run_dir = run.folder.path
+        stop.run_dir = run.folder.place
         ended = "result" in run.folder.read_search()
         records = Ledger(run.folder.ledger).records()
         figures: list[SessionFigures] = []
@@ -205,6 +208,7 @@ def _finish(
             f"no trial completed ({len(records)} ended, none of them after "
             f"{spec.training.epochs} epochs): there is no winner in {folder.path}"
         )
+    _fetch_weights(folder, winner, records)
     evaluation = crown(run, winner, records)
     seconds = time.time() - started
     states = {
@@ -225,9 +229,11 @@ def _finish(
             "result": {"winner": winner.number, "objective": winner.objective, "states": states},
         }
     )
+    folder.publish(records)
     emit(SearchFinished(folder.path, folder.best, seconds, states))
     return SearchResult(
         run_dir=folder.path,
+        place=folder.place,
         records=records,
         winner=winner,
         checkpoint=folder.best,
@@ -235,6 +241,15 @@ def _finish(
         evaluation=evaluation,
         seconds=seconds,
     )
+
+
+def _fetch_weights(folder: RunFolder, winner: TrialRecord, records: list[TrialRecord]) -> None:
+    """Bring what the winner and the documented default are made from to this machine."""
+    documented = default_configuration()
+    for record in records:
+        if record.number == winner.number or record.configuration == documented:
+            paths = checkpoint_path, state_path
+            folder.fetched(*(path(folder.trials, record.number) for path in paths))
 
 
 def _features(spec: SearchSpec, address: str | None = None) -> FeatureTable:

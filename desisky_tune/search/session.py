@@ -24,6 +24,8 @@ from desisky_tune.errors import SearchError, SearchInterrupted
 from desisky_tune.search.engine import Work
 from desisky_tune.search.engine_client import EngineBackend
 from desisky_tune.search.engines import (
+    CLOSING_PATIENCE,
+    LEAVING_PATIENCE,
     TRIAL_CPUS,
     EngineWatch,
     RunningEngines,
@@ -133,7 +135,7 @@ def run_trials(
     if stop.asked is not None:
         raise stop.interruption(done, trials)
     if deadline is None or time.monotonic() < deadline or best_record(records) is None:
-        raise SearchInterrupted(folder.path, done, trials)
+        raise SearchInterrupted(folder.place, done, trials)
     emit(Note(f"the time limit of {limit:g} s ended the search after {done} of {trials} trials"))
     return told
 
@@ -159,7 +161,7 @@ def _run_session(
         emit(
             SearchStarted(
                 name=folder.name,
-                run_dir=folder.path,
+                run_dir=folder.place,
                 trials=spec.search.trials,
                 epochs=spec.training.epochs,
                 concurrency=min(sum(plan.slots for plan in plans), remaining),
@@ -178,10 +180,14 @@ def _run_session(
         emit=emit,
         stop=stop,
     )
-    work = Work(folder.name, spec.training, folder.trials, checkpoint_header(run))
+    work = Work(folder.name, spec.training, folder.trials, checkpoint_header(run), folder.mirror)
     with running_engines(ray, plans, work, search_arrays(run), in_flight) as engines:
         _fit(run, recorder, known, engines, in_flight, deadline, stop, ray=ray, emit=emit)
-        figures = engines.close(len(recorder.records) - len(known))
+        leaving = stop.asked is not None or recorder.broken is not None
+        figures = engines.close(
+            len(recorder.records) - len(known),
+            LEAVING_PATIENCE if leaving else CLOSING_PATIENCE,
+        )
     return recorder, figures
 
 

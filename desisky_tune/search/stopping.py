@@ -35,13 +35,13 @@ class StopRequest:
     asked
         Number of the first signal that came; None while none has.
     run_dir
-        The run, once there is something to resume.
+        The run (its folder or URL), once there is something to resume.
     grace
         How long trials may take to finish their rungs after the first signal (s).
     """
 
     asked: int | None = None
-    run_dir: Path | None = None
+    run_dir: Path | str | None = None
     grace: float = GRACE_SECONDS
     _waits: bool = False
     _deadline: float = 0.0
