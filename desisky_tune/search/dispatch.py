@@ -197,6 +197,7 @@ class Dispatcher(Roster):
         """
         async with self._changed:
             self._over.add(number)
+            self._changed.notify_all()
             home = self._homes.pop(number, None)
             if home is None:
                 return

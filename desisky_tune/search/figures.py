@@ -115,14 +115,6 @@ class EngineFigures:
         shares = {name: value / whole for name, value in parts.items()}
         return {**shares, "waiting": max(0.0, 1 - sum(shares.values()))}
 
-    def summary(self) -> str:
-        """Return the figures in one clause."""
-        shares = ", ".join(
-            f"{name} {100 * share:.0f} %" for name, share in self.shares().items() if share >= 0.005
-        )
-        rate = f"{self.trials_per_minute:.1f} trials/min, " if self.trials else ""
-        return f"{self.busy} of {self.slots} slots busy, {rate}{shares}"
-
     def as_dict(self) -> dict[str, Any]:
         """Return the figures as JSON-able values."""
         content = asdict(self)

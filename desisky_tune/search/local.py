@@ -299,7 +299,9 @@ class LocalBackend:
     def _program(self, trial: Assignment) -> Any:
         from desisky_tune.training.program import program_for
 
-        with self._lock:  # two threads that asked at once would get two programs
+        # Two threads that asked at once would get two programs. The first one ever may compile
+        # the native core.
+        with self._lock, self.meter.spending("compiling"):
             return program_for(
                 in_size=len(self._features),
                 out_size=len(BANDS),
@@ -339,13 +341,15 @@ def checkpoint_path(folder: Path, number: int) -> Path:
 
 def sweep(folder: Path, records: Collection[TrialRecord]) -> None:
     """Remove the states of finished trials: their weights have been kept, or are of no use."""
-    finished = {f"{record.number:05d}" for record in records}
-    for path in folder.glob("*-fold*.state"):
-        if path.name.split("-")[0] in finished:
+    # By the states that lie there, which are few; the records may be thousands.
+    states = {record.number: record.state for record in records}
+    for path in folder.glob("*.state"):
+        number, _, member = path.stem.partition("-")
+        if not number.isdigit() or int(number) not in states:
+            continue
+        kept = checkpoint_path(folder, int(number)).exists()
+        if member or kept or states[int(number)] == "FAIL":
             path.unlink(missing_ok=True)
-    for record in records:
-        if record.state == "FAIL" or checkpoint_path(folder, record.number).exists():
-            state_path(folder, record.number).unlink(missing_ok=True)
 
 
 def write_checkpoint(
