@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from desisky_tune.cli.console import configuration_text, duration, number, printable, say
+from desisky_tune.cli.console import configuration_text, duration, number, one_line, printable, say
 from desisky_tune.search.events import (
     DataReady,
     EnginesReported,
@@ -202,7 +202,7 @@ def event_lines(event: Event, tally: Tally) -> list[str]:
     if isinstance(event, EnginesReported):
         return [f"engines: {tally.engines_text()}"]
     if isinstance(event, Note):
-        return [f"note: {event.text}"]
+        return [f"note: {one_line(event.text)}"]
     assert isinstance(event, SearchFinished)
     states = ", ".join(f"{count} {state}" for state, count in event.states.items() if count)
     return [f"search finished in {duration(event.seconds)}: {states}"]

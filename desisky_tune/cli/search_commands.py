@@ -46,8 +46,9 @@ def search(
         ),
     ] = None,
     runs: Annotated[
-        Path, typer.Option("--runs", metavar="DIR", help="Folder that holds the runs.")
-    ] = Path("runs"),
+        str,
+        typer.Option("--runs", metavar="DIR", help="Folder, or URL, that holds the runs."),
+    ] = "runs",
     name: Annotated[
         str | None,
         typer.Option("--name", help="Name of the run. Default: that of the space, numbered."),
@@ -164,7 +165,10 @@ def report(
 ) -> None:
     """Write a page with the figures of a search and of its winner."""
     from desisky_tune import load_run
+    from desisky_tune.data.remote import is_url
 
+    if out is None and is_url(run):
+        raise InputError(f"{run} is on a URL: say with --out in which folder the report is to be")
     page = load_run(run).report(out)
     show(str(page))
     if open_page:
@@ -197,13 +201,19 @@ def _show_result(result: SearchResult, as_json: bool) -> None:
         return
     v_derived = bool(result.evaluation["v_derived"])
     best = complete_only(result.board).head(TOP)
-    show(f"leaderboard of {result.run_dir} (RMSE on the validation rows, mag)")
+    show(f"leaderboard of {result.place} (RMSE on the validation rows, mag)")
     show(board_text(best, v_derived=v_derived))
     configuration = configuration_text(result.winner.configuration)
     show(f"\nwinner: trial {result.winner.number} ({configuration})")
     show(figures_text(result.evaluation))
-    show(f"\ncheckpoint: {result.checkpoint}")
-    show(f"figures: desisky-tune report {shlex.quote(str(result.run_dir))}")
+    show(f"\ncheckpoint: {checkpoint_place(result)}")
+    out = "" if result.place == result.run_dir else " --out DIR"
+    show(f"figures: desisky-tune report {shlex.quote(str(result.place))}{out}")
+
+
+def checkpoint_place(result: SearchResult) -> str:
+    """Return where the winner's checkpoint lies: a path, or a URL."""
+    return f"{result.place}/{result.checkpoint.relative_to(result.run_dir).as_posix()}"
 
 
 def complete_only(board: pd.DataFrame) -> pd.DataFrame:
@@ -246,8 +256,8 @@ def result_json(result: SearchResult) -> dict[str, Any]:
     from desisky_tune.search.leaderboard import to_json
 
     return {
-        "run": str(result.run_dir),
-        "checkpoint": str(result.checkpoint),
+        "run": str(result.place),
+        "checkpoint": checkpoint_place(result),
         "winner": {
             "trial": result.winner.number,
             "objective": result.winner.objective,

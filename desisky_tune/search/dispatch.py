@@ -14,6 +14,12 @@ from typing import Any
 from desisky_tune.errors import EngineError
 from desisky_tune.search.figures import EngineFigures, added
 
+#: Trials that fail at one engine, none ending well between them, until it is left out.
+FAILURES_IN_A_ROW = 3
+
+#: Engines at which a trial is tried before it has failed.
+TRIES = 2
+
 #: How long an engine may take to tell its figures before they are left out (s).
 FIGURES_PATIENCE = 2.0
 
@@ -59,6 +65,8 @@ class _Engine:
     up: bool = False
     lost: str | None = None
     trials: set[int] = field(default_factory=set)
+    #: Trials that failed there one after another.
+    failures: int = 0
     #: Figures of processes of it that have died, and the last ones told.
     past: list[EngineFigures] = field(default_factory=list)
     latest: EngineFigures | None = None
@@ -86,6 +94,9 @@ class Dispatcher(Roster):
         self._engines: list[_Engine] = []
         self._homes: dict[int, int] = {}
         self._over: set[int] = set()
+        #: Engines at which a trial has failed.
+        self._tried: dict[int, set[int]] = {}
+        self._news: list[str] = []
         self._changed = asyncio.Condition()
         self._processes: set[str] = set()
         self._watches: list[asyncio.Task[None]] = []
@@ -121,7 +132,10 @@ class Dispatcher(Roster):
                 if number in self._over:
                     # Its process died while it waited here, and the driver gave it up.
                     raise EngineError(f"trial {number} is over")
-                free = [at for at, engine in enumerate(self._engines) if engine.free]
+                tried = self._tried.get(number, set())
+                free = [
+                    at for at, engine in enumerate(self._engines) if engine.free and at not in tried
+                ]
                 if free:
                     home = min(free, key=lambda at: (self._engines[at].load, at))
                     self._homes[number] = home
@@ -132,11 +146,51 @@ class Dispatcher(Roster):
     async def lost(self, at: int, why: str) -> None:
         """Hear that an engine is dead and will not be started again."""
         async with self._changed:
-            self._engines[at].lost = self._engines[at].lost or why
+            if self._engines[at].lost is None:
+                self._engines[at].lost = why
+                self._news.append(f"an engine is lost, and its trials go on elsewhere: {why}")
             self._changed.notify_all()
 
-    async def ended(self, number: int) -> None:
-        """Hear that a trial is over: its engine keeps its weights and forgets it.
+    async def failed(self, number: int, why: str) -> bool:
+        """Hear that a trial raised or killed its engine; return whether to try it elsewhere.
+
+        What fails at one engine and not at another is the fault of its machine. So a trial is
+        tried at `TRIES` engines, and one that fails at all of them is to blame itself; an
+        engine at which `FAILURES_IN_A_ROW` trials failed gets no more of them. The last one is
+        never left out: then the trials fail, and the search ends by itself.
+        """
+        async with self._changed:
+            home = self._homes.get(number)
+            if home is None:
+                return False
+            engine, tried = self._engines[home], self._tried.setdefault(number, set())
+            tried.add(home)
+            others = {at for at, each in enumerate(self._engines) if each.lost is None} - {home}
+            if len(tried) >= TRIES and engine.lost is None:
+                for at in tried:
+                    self._engines[at].failures = max(0, self._engines[at].failures - 1)
+                return False
+            if not others - tried:
+                return False
+            engine.failures += 1
+            if engine.failures >= FAILURES_IN_A_ROW and engine.lost is None:
+                engine.lost = f"left out: {why}"
+                self._news.append(
+                    f"an engine gets no more trials: {engine.failures} failed there one after "
+                    f"another, the last with: {why}"
+                )
+            self._homes.pop(number)
+            self._let_go(engine, number)
+            self._changed.notify_all()
+            return True
+
+    async def news(self) -> tuple[list[EngineFigures], list[str]]:
+        """Return the engines' figures, and what a person should know since the last time."""
+        said, self._news = self._news, []
+        return await self.figures(), said
+
+    async def ended(self, number: int, *, well: bool = False) -> None:
+        """Hear that a trial is over (`well`: with a figure): its engine keeps its weights.
 
         The driver says so of every trial, also of one whose process has died: that is what
         ends the trial's lease on its engine.
@@ -148,11 +202,17 @@ class Dispatcher(Roster):
             if home is None:
                 return
             engine = self._engines[home]
-            engine.trials.discard(number)
-            if engine.lost is None:
-                release = asyncio.ensure_future(_quietly(engine.handle.release.remote(number)))
-                self._releases.add(release)
-                release.add_done_callback(self._releases.discard)
+            if well:
+                engine.failures = 0
+            self._let_go(engine, number)
+            self._changed.notify_all()
+
+    def _let_go(self, engine: _Engine, number: int) -> None:
+        engine.trials.discard(number)
+        if engine.lost is None:
+            release = asyncio.ensure_future(_quietly(engine.handle.release.remote(number)))
+            self._releases.add(release)
+            release.add_done_callback(self._releases.discard)
 
     async def drain(self) -> None:
         """Wait until the engines have kept what was released."""

@@ -23,6 +23,7 @@ from desisky_tune.search.figures import EngineFigures, Meter
 if TYPE_CHECKING:
     from desisky_tune.search.arrays import SearchArrays
     from desisky_tune.search.space import TrainingSpec
+    from desisky_tune.search.storage import RunMirror
 
 Device = Literal["cpu", "gpu"]
 
@@ -46,6 +47,8 @@ class Work:
         Further keys for the header of each checkpoint.
     trainings
         Trainings of one shape that a GPU may have under way at a time; None for any number.
+    mirror
+        Where these files are put as well, for a run on a URL.
     """
 
     run: str
@@ -53,6 +56,7 @@ class Work:
     folder: Path
     header: Mapping[str, Any]
     trainings: int | None = None
+    mirror: RunMirror | None = None
 
 
 def make_backend(device: Device, work: Work, arrays: SearchArrays) -> Backend:
@@ -68,7 +72,7 @@ def make_backend(device: Device, work: Work, arrays: SearchArrays) -> Backend:
         return SlotBackend(arrays, work.training, work.folder, work.header, expected=work.trainings)
     from desisky_tune.search.local import LocalBackend
 
-    return LocalBackend(arrays, work.training, work.folder, work.header)
+    return LocalBackend(arrays, work.training, work.folder, work.header, work.mirror)
 
 
 class Gate:

@@ -22,7 +22,8 @@ class EngineBackend:
 
     An engine that dies is started again by Ray, and the trial goes on from its last rung.
     After a death each trial that was there takes its next rung alone: should the engine die
-    again, it is known by whom, and that trial fails while its neighbours go on.
+    again, it is known by whom, and that trial fails while its neighbours go on. Where there
+    is another engine, it is tried there first: the machine may be to blame.
 
     Parameters
     ----------
@@ -71,10 +72,14 @@ class EngineBackend:
                     progress = self._ask("advance", trial.number, epochs)
                     if progress is not None:
                         self._suspect = False
+                        if _raised(progress) and self._goes_elsewhere(str(progress.reason)):
+                            continue
                         return self._reached(progress)
                 self._ask("register", trial)
             except RayActorError as error:
                 self._deaths += alone
+                if alone and self._goes_elsewhere(death_of(error)):
+                    continue
                 if self._deaths > self._max_deaths:
                     return stopped_by(
                         EngineDiedError(
@@ -89,6 +94,13 @@ class EngineBackend:
                     self._engine = None
                 else:
                     time.sleep(RESTART_PAUSE)
+
+    def _goes_elsewhere(self, why: str) -> bool:
+        """Return whether a trial that failed here is to be tried at another engine."""
+        moves = bool(self._call(self._dispatcher.failed.remote(self._number, why)))
+        if moves:
+            self._engine = None
+        return moves
 
     def _reached(self, progress: Progress) -> Progress:
         """Note how far a trial is; one that an exception ended is where it was before."""
@@ -111,3 +123,8 @@ class EngineBackend:
             return ray.get(reference)
         except RayTaskError as error:
             raise error.cause from error
+
+
+def _raised(progress: Progress) -> bool:
+    """Whether an exception ended a trial: an engine says so before any epoch of its own."""
+    return progress.failed and progress.epochs == 0

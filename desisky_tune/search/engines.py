@@ -38,6 +38,9 @@ FIGURES_PERIOD = 2.0
 #: How long the engines may take to keep the last weights, when a session ends (s).
 CLOSING_PATIENCE = 120.0
 
+#: The same where the search was asked to end, or cannot write: a resume makes up for it (s).
+LEAVING_PATIENCE = 5.0
+
 
 @dataclass(frozen=True)
 class Node:
@@ -234,21 +237,23 @@ class RunningEngines:
         known = [(engine, plan.room) for engine, plan in zip(self._engines, plans, strict=True)]
         self.dispatcher.add.remote(known)
 
-    def close(self, trials: int) -> SessionFigures:
+    def close(self, trials: int, patience: float = CLOSING_PATIENCE) -> SessionFigures:
         """Let the engines keep what they still hold, and return what they did.
 
         Parameters
         ----------
         trials
             That ended in the session.
+        patience
+            How long each answer may take (s).
         """
         figures: list[EngineFigures] = []
         processes: dict[str, int] = {}
         with suppress(self._ray.exceptions.RayError):
             for question in (self.dispatcher.figures, self.dispatcher.drain):
-                answer = self._ray.get(question.remote(), timeout=CLOSING_PATIENCE)
+                answer = self._ray.get(question.remote(), timeout=patience)
                 figures = answer or figures
-            processes = self._ray.get(self.dispatcher.processes.remote(), timeout=CLOSING_PATIENCE)
+            processes = self._ray.get(self.dispatcher.processes.remote(), timeout=patience)
         return SessionFigures(tuple(figures), processes, trials)
 
     def kill(self) -> None:
@@ -308,7 +313,7 @@ class EngineWatch(Callback):
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """End the lease of a trial that ended or was stopped."""
-        self._end(trial)
+        self._end(trial, well=(trial.last_result or {}).get("reason") is None)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """End the lease of a trial whose process died once too often."""
@@ -318,15 +323,17 @@ class EngineWatch(Callback):
         """Ask for figures, or pass on those that have come; never wait for them."""
         if self._asked is None:
             if time.monotonic() >= self._next:
-                self._asked = self._dispatcher.figures.remote()
+                self._asked = self._dispatcher.news.remote()
             return
         if not self._ray.wait([self._asked], timeout=0)[0]:
             return
         with suppress(self._ray.exceptions.RayError):
-            figures = self._ray.get(self._asked)
+            figures, said = self._ray.get(self._asked)
+            for text in said:
+                self._emit(Note(text))
             if figures:
                 self._emit(EnginesReported(added(figures), tuple(figures)))
         self._asked, self._next = None, time.monotonic() + FIGURES_PERIOD
 
-    def _end(self, trial: Any) -> None:
-        self._dispatcher.ended.remote(int(trial.config["trial"]))
+    def _end(self, trial: Any, *, well: bool = False) -> None:
+        self._dispatcher.ended.remote(int(trial.config["trial"]), well=well)

@@ -39,7 +39,7 @@ class SearchStarted:
     """Trials are about to run."""
 
     name: str
-    run_dir: Path
+    run_dir: Path | str
     trials: int
     epochs: int
     concurrency: int

@@ -9,7 +9,7 @@ from typing import Any
 from desisky_tune.data.columns import FEATURES
 from desisky_tune.errors import RunError
 from desisky_tune.search.folder import RunFolder
-from desisky_tune.search.local import checkpoint_path
+from desisky_tune.search.local import checkpoint_path, state_path
 from desisky_tune.search.records import Ledger, TrialRecord, best_record
 
 
@@ -43,7 +43,9 @@ def export_trial(run_dir: str | Path, out: str | Path, trial: int | None = None)
     folder = RunFolder.open(run_dir)
     record = trial_record(folder, trial)
     source = checkpoint_path(folder.trials, record.number)
+    folder.fetched(source)
     if not source.exists():
+        folder.fetched(state_path(folder.trials, record.number))
         _write_missing(folder, record)
     origin = {
         "run": folder.name,

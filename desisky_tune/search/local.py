@@ -6,6 +6,7 @@ search needs none of it.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
@@ -22,11 +23,13 @@ from desisky_tune.errors import CheckpointError, MissingFileError
 from desisky_tune.search.arrays import Fold, SearchArrays
 from desisky_tune.search.backend import CURVE_SERIES, Assignment, Member, Progress
 from desisky_tune.search.figures import Meter
+from desisky_tune.search.patience import TRIAL_PATIENCE, patiently
 from desisky_tune.search.pooling import MemberCurve, pooled_progress
 
 if TYPE_CHECKING:
     from desisky_tune.search.records import TrialRecord
     from desisky_tune.search.space import TrainingSpec
+    from desisky_tune.search.storage import RunMirror
     from desisky_tune.training.program import TrainingArrays
     from desisky_tune.training.scaling import Scaling
 
@@ -96,6 +99,8 @@ class LocalBackend:
         Where the states and the checkpoints of the trials are written.
     header
         Further keys for the header of each checkpoint: where it comes from.
+    mirror
+        Where a run on a URL has its files: each is put there, and fetched when it is wanted.
 
     Attributes
     ----------
@@ -109,7 +114,9 @@ class LocalBackend:
         training: TrainingSpec,
         folder: Path,
         header: Mapping[str, Any] | None = None,
+        mirror: RunMirror | None = None,
     ) -> None:
+        self._mirror = mirror
         self._training = training
         self._folder = folder
         self._header = dict(header or {})
@@ -128,9 +135,13 @@ class LocalBackend:
         with running.lock:
             if not running.trainings:
                 # Weights of an unfinished trial, which an interrupt left, are not its last.
-                checkpoint_path(self._folder, trial.number).unlink(missing_ok=True)
+                stale = checkpoint_path(self._folder, trial.number)
+                patiently(functools.partial(stale.unlink, missing_ok=True), limit=TRIAL_PATIENCE)
             for member in trial.trainings:
-                training = running.trainings.get(member) or self._open(trial, member)
+                training = running.trainings.get(member)
+                if training is None:
+                    opening = functools.partial(self._open, trial, member)
+                    training = patiently(opening, limit=TRIAL_PATIENCE)
                 if training.epochs < epochs:
                     training = self._train(trial, member, training, epochs)
                 running.trainings[member] = training
@@ -154,8 +165,10 @@ class LocalBackend:
             if not trainings or len(trial.trainings) > 1 or self._progress(trial, trainings).failed:
                 return
             ((member, training),) = trainings.items()
-            write_checkpoint(
-                checkpoint_path(self._folder, trial.number),
+            path = checkpoint_path(self._folder, trial.number)
+            write = functools.partial(
+                write_checkpoint,
+                path,
                 training.program.best_model(training.state),
                 self._progress(trial, trainings),
                 trial,
@@ -164,6 +177,9 @@ class LocalBackend:
                 self._fold(member.fold).scaling,
                 self._header,
             )
+            patiently(write, limit=TRIAL_PATIENCE)
+            if self._mirror is not None:
+                patiently(functools.partial(self._mirror.put, path), limit=TRIAL_PATIENCE)
 
     def _train(
         self, trial: Assignment, member: Member, training: _Training, epochs: int
@@ -200,7 +216,8 @@ class LocalBackend:
             failed=bool(curve.failed),
         )
         if not training.failed:
-            self._save(trial, member, training)
+            save = functools.partial(self._save, trial, member, training)
+            patiently(save, limit=TRIAL_PATIENCE)
         return training
 
     def _progress(self, trial: Assignment, running: Mapping[Member, _Training]) -> Progress:
@@ -230,8 +247,11 @@ class LocalBackend:
         """
         program = self._program(trial)
         self._compile(program, self._fold(member.fold).arrays)
+        path = self._state_path(trial, member)
+        if self._mirror is not None:
+            self._mirror.fetch(path)
         try:
-            state, notes = program.load_state(self._state_path(trial, member))
+            state, notes = program.load_state(path)
             if notes["trial"] == self._key(trial, member):
                 return _Training(program, state, **notes["progress"])
         except (MissingFileError, CheckpointError, KeyError, TypeError):
@@ -246,7 +266,10 @@ class LocalBackend:
             "objectives": training.objectives,
         }
         notes = {"trial": self._key(trial, member), "progress": progress}
-        training.program.save_state(self._state_path(trial, member), training.state, notes)
+        path = self._state_path(trial, member)
+        training.program.save_state(path, training.state, notes)
+        if self._mirror is not None:
+            self._mirror.put(path)
 
     def _state_path(self, trial: Assignment, member: Member) -> Path:
         return state_path(self._folder, trial.number, member if trial.members else None)

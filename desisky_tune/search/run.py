@@ -22,7 +22,7 @@ from desisky_tune.search.events import (
 from desisky_tune.search.figures import SessionFigures
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.leaderboard import leaderboard
-from desisky_tune.search.local import sweep
+from desisky_tune.search.local import checkpoint_path, state_path, sweep
 from desisky_tune.search.origin import SearchRun, now, open_run, write_run
 from desisky_tune.search.records import (
     Ledger,
@@ -31,7 +31,8 @@ from desisky_tune.search.records import (
     remaining_trials,
     write_tables,
 )
-from desisky_tune.search.space import SearchSpec, load_spec
+from desisky_tune.search.space import SearchSpec, default_configuration, load_spec
+from desisky_tune.search.stopping import StopRequest, stop_signals
 from desisky_tune.search.winner import crown
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ class SearchResult:
     Attributes
     ----------
     run_dir
-        The run's folder.
+        The run's folder; of a run on a URL, the copy of it that this process has.
+    place
+        How commands call the run: its folder, or its URL.
     records
         Every trial, by number.
     winner
@@ -62,6 +65,7 @@ class SearchResult:
     """
 
     run_dir: Path
+    place: Path | str
     records: list[TrialRecord]
     winner: TrialRecord
     checkpoint: Path
@@ -86,7 +90,7 @@ def run_search(
     spec
         The specification, or the name or path of a space file.
     runs
-        Folder that holds the runs.
+        Folder, or URL (``s3://``, ``gs://``, ``file://``), that holds the runs.
     name
         Name of the run; by default the specification's, with a number where it is taken.
     address
@@ -107,25 +111,30 @@ def run_search(
     SearchError
         When no trial completed.
     SearchInterrupted
-        On Ctrl-C, or when the time limit ended the search early without a complete trial.
+        On SIGTERM and Ctrl-C, or when the time limit ended the search early without a
+        complete trial. No winner is chosen or measured then.
     """
     if isinstance(spec, str):
         spec = load_spec(spec)
     emit = on_event or _ignore
     started = time.time()
-    # A table needs no Ray, so that its faults are told before one is started.
-    table = None if needs_ray(spec.data.source) else _features(spec)
-    with ray_session(address=address, dashboard=dashboard) as ray:
-        table = table or _features(spec, address=address)
-        split = make_split(
-            table.frame, spec.split.by, fractions=spec.split.fractions, seed=spec.split.seed
-        )
-        folder = RunFolder.create(runs, spec.name if name is None else name, exact=name is not None)
-        run = SearchRun(folder, spec, table, split)
-        with folder.lock():
-            write_run(run)
-            figures = _search(run, ray, emit, local=address is None)
-            return _finish(run, emit, started, figures)
+    with stop_signals() as stop:
+        # A table needs no Ray, so that its faults are told before one is started.
+        table = None if needs_ray(spec.data.source) else _features(spec)
+        with ray_session(address=address, dashboard=dashboard) as ray:
+            stop.listen()
+            table = table or _features(spec, address=address)
+            split = make_split(
+                table.frame, spec.split.by, fractions=spec.split.fractions, seed=spec.split.seed
+            )
+            chosen = spec.name if name is None else name
+            folder = RunFolder.create(runs, chosen, exact=name is not None)
+            run = SearchRun(folder, spec, table, split)
+            with folder.lock():
+                write_run(run)
+                stop.run_dir = folder.place
+                figures = _search(run, ray, emit, stop, local=address is None)
+                return _finish(run, emit, started, figures)
 
 
 def resume_search(
@@ -150,17 +159,21 @@ def resume_search(
     emit = on_event or _ignore
     started = time.time()
     run = open_run(run_dir)
-    with run.folder.lock():
+    with run.folder.lock(), stop_signals() as stop:
+        stop.run_dir = run.folder.place
         ended = "result" in run.folder.read_search()
         records = Ledger(run.folder.ledger).records()
         figures: list[SessionFigures] = []
         if not ended and remaining_trials(run.spec.search.trials, records):
             with ray_session(address=address, dashboard=dashboard) as ray:
-                figures = _search(run, ray, emit, local=address is None)
+                stop.listen()
+                figures = _search(run, ray, emit, stop, local=address is None)
         return _finish(run, emit, started, figures)
 
 
-def _search(run: SearchRun, ray: Any, emit: EventSink, *, local: bool) -> list[SessionFigures]:
+def _search(
+    run: SearchRun, ray: Any, emit: EventSink, stop: StopRequest, *, local: bool
+) -> list[SessionFigures]:
     """Run the trials that are still to be run; return what the engines did."""
     parts = {name: getattr(run.split, name) for name in ("train", "validation", "test")}
     nights = run.table.frame["NIGHT"]
@@ -172,9 +185,13 @@ def _search(run: SearchRun, ray: Any, emit: EventSink, *, local: bool) -> list[S
             provenance=dict(run.table.provenance),
         )
     )
-    from desisky_tune.search.session import run_trials  # imports Ray, which has begun
+    # These import Ray, which has begun.
+    from desisky_tune.search.gauges import measured
+    from desisky_tune.search.session import run_trials
 
-    return run_trials(run, ray, emit, local=local)
+    known = Ledger(run.folder.ledger).records()
+    with measured(run.folder.name, run.spec.search.trials, known, emit) as told:
+        return run_trials(run, ray, told, local=local, stop=stop)
 
 
 def _finish(
@@ -191,6 +208,7 @@ def _finish(
             f"no trial completed ({len(records)} ended, none of them after "
             f"{spec.training.epochs} epochs): there is no winner in {folder.path}"
         )
+    _fetch_weights(folder, winner, records)
     evaluation = crown(run, winner, records)
     seconds = time.time() - started
     states = {
@@ -211,9 +229,11 @@ def _finish(
             "result": {"winner": winner.number, "objective": winner.objective, "states": states},
         }
     )
+    folder.publish(records)
     emit(SearchFinished(folder.path, folder.best, seconds, states))
     return SearchResult(
         run_dir=folder.path,
+        place=folder.place,
         records=records,
         winner=winner,
         checkpoint=folder.best,
@@ -221,6 +241,15 @@ def _finish(
         evaluation=evaluation,
         seconds=seconds,
     )
+
+
+def _fetch_weights(folder: RunFolder, winner: TrialRecord, records: list[TrialRecord]) -> None:
+    """Bring what the winner and the documented default are made from to this machine."""
+    documented = default_configuration()
+    for record in records:
+        if record.number == winner.number or record.configuration == documented:
+            paths = checkpoint_path, state_path
+            folder.fetched(*(path(folder.trials, record.number) for path in paths))
 
 
 def _features(spec: SearchSpec, address: str | None = None) -> FeatureTable:

@@ -24,6 +24,8 @@ from desisky_tune.errors import SearchError, SearchInterrupted
 from desisky_tune.search.engine import Work
 from desisky_tune.search.engine_client import EngineBackend
 from desisky_tune.search.engines import (
+    CLOSING_PATIENCE,
+    LEAVING_PATIENCE,
     TRIAL_CPUS,
     EngineWatch,
     RunningEngines,
@@ -37,10 +39,12 @@ from desisky_tune.search.folds import search_arrays, search_members
 from desisky_tune.search.origin import SearchRun, checkpoint_header
 from desisky_tune.search.recorder import GiveUp, Recorder
 from desisky_tune.search.records import Ledger, TrialRecord, best_record, remaining_trials
+from desisky_tune.search.restarts import Restarts
 from desisky_tune.search.schedulers import make_scheduler
 from desisky_tune.search.searcher import StudySearch, rebuild_study
 from desisky_tune.search.slot_settings import expected_trainings
 from desisky_tune.search.space import rungs
+from desisky_tune.search.stopping import StopRequest
 from desisky_tune.search.trial import SearchTrial, TrialPlan
 
 #: What Ray Tune reads from the environment; the search draws and writes its own.
@@ -49,10 +53,13 @@ TUNE_ENVIRONMENT: Mapping[str, str] = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_WARN_THRESHOLD_S": "60",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
 
 
-def run_trials(run: SearchRun, ray: Any, emit: EventSink, *, local: bool) -> list[SessionFigures]:
+def run_trials(
+    run: SearchRun, ray: Any, emit: EventSink, *, local: bool, stop: StopRequest | None = None
+) -> list[SessionFigures]:
     """Run trials until each has a record, or until something ends the search early.
 
     Parameters
@@ -65,6 +72,8 @@ def run_trials(run: SearchRun, ray: Any, emit: EventSink, *, local: bool) -> lis
         Told what happens.
     local
         Whether Ray lives in this process: what it has not now it will never have.
+    stop
+        What signals ask of the search.
 
     Returns
     -------
@@ -80,29 +89,41 @@ def run_trials(run: SearchRun, ray: Any, emit: EventSink, *, local: bool) -> lis
     SearchError
         When every trial failed, or they failed one after another from the first on.
     SearchInterrupted
-        On Ctrl-C, or when the time limit ended the search without a complete trial.
-    StorageError
-        When the run's files cannot be written.
+        On SIGTERM and Ctrl-C, or when the time limit ended the search without a complete
+        trial.
+    StorageLostError
+        When the run's files cannot be written, and that lasts.
     """
-    spec, folder = run.spec, run.folder
+    spec, folder, stop = run.spec, run.folder, stop or StopRequest()
     limit, trials = spec.search.time_limit, spec.search.trials
     deadline = None if limit is None else time.monotonic() + limit
     deaths: Counter[int] = Counter()
     told: list[SessionFigures] = []
+    restarts = Restarts(folder, emit, stop)
+    first = True
     while True:
-        recorder, figures = _run_session(
-            run, ray, emit, deaths, deadline, local=local, first=not told
-        )
+        try:
+            recorder, figures = _run_session(
+                run, ray, emit, deaths, deadline, stop, local=local, first=first
+            )
+        except Exception as fault:
+            restarts.after(fault)
+            continue
+        finally:
+            first = False
         told.append(figures)
         records = recorder.records
         if recorder.broken is not None:
-            raise recorder.broken
+            restarts.after(recorder.broken)
+            continue
         failed = sum(record.state == "FAIL" for record in records)
         unfinished = remaining_trials(trials, records)
         if failed == len(records) and (not unfinished or recorder.gives_up):
             raise SearchError(
                 f"all {failed} trials that ended failed, the first with: {records[0].reason}"
             )
+        if stop.asked is not None:
+            break
         if not unfinished:
             return told
         if len(recorder.died) < unfinished:
@@ -112,8 +133,10 @@ def run_trials(run: SearchRun, ray: Any, emit: EventSink, *, local: bool) -> lis
     # Trials under way were not told to the study: it is written anew from the ledger.
     rebuild_study(folder.study, spec, records)
     done = trials - unfinished
+    if stop.asked is not None:
+        raise stop.interruption(done, trials)
     if deadline is None or time.monotonic() < deadline or best_record(records) is None:
-        raise SearchInterrupted(folder.path, done, trials)
+        raise SearchInterrupted(folder.place, done, trials)
     emit(Note(f"the time limit of {limit:g} s ended the search after {done} of {trials} trials"))
     return told
 
@@ -124,6 +147,7 @@ def _run_session(
     emit: EventSink,
     deaths: Counter[int],
     deadline: float | None,
+    stop: StopRequest,
     *,
     local: bool,
     first: bool,
@@ -138,7 +162,7 @@ def _run_session(
         emit(
             SearchStarted(
                 name=folder.name,
-                run_dir=folder.path,
+                run_dir=folder.place,
                 trials=spec.search.trials,
                 epochs=spec.training.epochs,
                 concurrency=min(sum(plan.slots for plan in plans), remaining),
@@ -155,17 +179,23 @@ def _run_session(
         deaths=deaths,
         seed=spec.training.seed,
         emit=emit,
+        stop=stop,
     )
     work = Work(
-        folder.name,
-        spec.training,
-        folder.trials,
-        checkpoint_header(run),
-        expected_trainings(spec, in_flight),
+        run=folder.name,
+        training=spec.training,
+        folder=folder.trials,
+        header=checkpoint_header(run),
+        trainings=expected_trainings(spec, in_flight),
+        mirror=folder.mirror,
     )
     with running_engines(ray, plans, work, search_arrays(run), in_flight) as engines:
-        _fit(run, recorder, known, engines, in_flight, deadline, ray=ray, emit=emit)
-        figures = engines.close(len(recorder.records) - len(known))
+        _fit(run, recorder, known, engines, in_flight, deadline, stop, ray=ray, emit=emit)
+        leaving = stop.asked is not None or recorder.broken is not None
+        figures = engines.close(
+            len(recorder.records) - len(known),
+            LEAVING_PATIENCE if leaving else CLOSING_PATIENCE,
+        )
     return recorder, figures
 
 
@@ -176,6 +206,7 @@ def _fit(
     engines: RunningEngines,
     in_flight: int,
     deadline: float | None,
+    stop: StopRequest,
     *,
     ray: Any,
     emit: EventSink,
@@ -188,7 +219,7 @@ def _fit(
     rebuild_study(folder.study, spec, known)
     searcher = StudySearch(spec, folder.study, workers=in_flight)
     searcher.prime(known, [(n, c) for n, c in started if n not in finished])
-    scheduler = make_scheduler(spec)
+    scheduler = make_scheduler(spec, stop)
     scheduler.prime(known)
     plan = TrialPlan(
         rungs=tuple(rungs(spec)),
@@ -227,7 +258,7 @@ def _fit(
         ),
     )
     try:
-        with _quiet_tune():
+        with _quiet_tune(), stop.finishing_rungs():
             tuner.fit()
     finally:
         searcher.close()
@@ -246,15 +277,15 @@ def _signal_handlers() -> dict[signal.Signals, Any]:
     """Return the handlers that Ray Tune replaces: it does so in the main thread alone."""
     if threading.current_thread() is not threading.main_thread():
         return {}
-    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
-    return {number: handler for number, handler in found.items() if handler is not None}
+    handler = signal.getsignal(signal.SIGUSR1)
+    return {} if handler is None else {signal.SIGUSR1: handler}
 
 
 @contextmanager
 def _quiet_tune() -> Iterator[None]:
     """Let Ray Tune draw and log nothing: what it has to say comes through the recorder.
 
-    Its handlers of Ctrl-C go when it has ended: left in place, they swallow the next one.
+    Ctrl-C is not its to handle; its handler of SIGUSR1 goes when it has ended.
     """
     handlers = _signal_handlers()
     before = {name: os.environ.get(name) for name in TUNE_ENVIRONMENT}
