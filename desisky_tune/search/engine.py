@@ -69,7 +69,9 @@ def make_backend(device: Device, work: Work, arrays: SearchArrays) -> Backend:
     if device == "gpu":
         from desisky_tune.search.slot_backend import SlotBackend
 
-        return SlotBackend(arrays, work.training, work.folder, work.header, expected=work.trainings)
+        return SlotBackend(
+            arrays, work.training, work.folder, work.header, work.mirror, expected=work.trainings
+        )
     from desisky_tune.search.local import LocalBackend
 
     return LocalBackend(arrays, work.training, work.folder, work.header, work.mirror)

@@ -10,7 +10,7 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +19,13 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from desisky_tune.data.columns import BANDS
-from desisky_tune.errors import CheckpointError, MissingFileError
 from desisky_tune.search.arrays import Fold, SearchArrays
 from desisky_tune.search.backend import CURVE_SERIES, Assignment, Member, Progress
 from desisky_tune.search.figures import Meter
-from desisky_tune.search.patience import TRIAL_PATIENCE, patiently
 from desisky_tune.search.pooling import MemberCurve, pooled_progress
+from desisky_tune.search.trial_files import TrialFiles, checkpoint_path, state_path, sweep
 
 if TYPE_CHECKING:
-    from desisky_tune.search.records import TrialRecord
     from desisky_tune.search.space import TrainingSpec
     from desisky_tune.search.storage import RunMirror
     from desisky_tune.training.program import TrainingArrays
@@ -116,9 +114,8 @@ class LocalBackend:
         header: Mapping[str, Any] | None = None,
         mirror: RunMirror | None = None,
     ) -> None:
-        self._mirror = mirror
         self._training = training
-        self._folder = folder
+        self._files = TrialFiles(folder, mirror)
         self._header = dict(header or {})
         self._features = arrays.features
         self._rows = arrays
@@ -134,14 +131,11 @@ class LocalBackend:
             running = self._trials.setdefault(trial.number, _Trial())
         with running.lock:
             if not running.trainings:
-                # Weights of an unfinished trial, which an interrupt left, are not its last.
-                stale = checkpoint_path(self._folder, trial.number)
-                patiently(functools.partial(stale.unlink, missing_ok=True), limit=TRIAL_PATIENCE)
+                self._files.discard_weights(trial)
             for member in trial.trainings:
                 training = running.trainings.get(member)
                 if training is None:
-                    opening = functools.partial(self._open, trial, member)
-                    training = patiently(opening, limit=TRIAL_PATIENCE)
+                    training = self._open(trial, member)
                 if training.epochs < epochs:
                     training = self._train(trial, member, training, epochs)
                 running.trainings[member] = training
@@ -165,21 +159,17 @@ class LocalBackend:
             if not trainings or len(trial.trainings) > 1 or self._progress(trial, trainings).failed:
                 return
             ((member, training),) = trainings.items()
-            path = checkpoint_path(self._folder, trial.number)
             write = functools.partial(
                 write_checkpoint,
-                path,
-                training.program.best_model(training.state),
-                self._progress(trial, trainings),
-                trial,
-                self._training,
-                self._features,
-                self._fold(member.fold).scaling,
-                self._header,
+                model=training.program.best_model(training.state),
+                progress=self._progress(trial, trainings),
+                trial=trial,
+                training=self._training,
+                features=self._features,
+                scaling=self._fold(member.fold).scaling,
+                header=self._header,
             )
-            patiently(write, limit=TRIAL_PATIENCE)
-            if self._mirror is not None:
-                patiently(functools.partial(self._mirror.put, path), limit=TRIAL_PATIENCE)
+            self._files.write_weights(trial, write)
 
     def _train(
         self, trial: Assignment, member: Member, training: _Training, epochs: int
@@ -216,8 +206,7 @@ class LocalBackend:
             failed=bool(curve.failed),
         )
         if not training.failed:
-            save = functools.partial(self._save, trial, member, training)
-            patiently(save, limit=TRIAL_PATIENCE)
+            self._save(trial, member, training)
         return training
 
     def _progress(self, trial: Assignment, running: Mapping[Member, _Training]) -> Progress:
@@ -247,15 +236,9 @@ class LocalBackend:
         """
         program = self._program(trial)
         self._compile(program, self._fold(member.fold).arrays)
-        path = self._state_path(trial, member)
-        if self._mirror is not None:
-            self._mirror.fetch(path)
-        try:
-            state, notes = program.load_state(path)
-            if notes["trial"] == self._key(trial, member):
-                return _Training(program, state, **notes["progress"])
-        except (MissingFileError, CheckpointError, KeyError, TypeError):
-            pass
+        left = self._files.read_state(trial, member, program.load_state)
+        if left is not None and left[1].get("trial") == self._key(trial, member):
+            return _Training(program, left[0], **left[1]["progress"])
         return _Training(program, program.init(member.seed), 0, 0.0, {}, [])
 
     def _save(self, trial: Assignment, member: Member, training: _Training) -> None:
@@ -266,13 +249,11 @@ class LocalBackend:
             "objectives": training.objectives,
         }
         notes = {"trial": self._key(trial, member), "progress": progress}
-        path = self._state_path(trial, member)
-        training.program.save_state(path, training.state, notes)
-        if self._mirror is not None:
-            self._mirror.put(path)
-
-    def _state_path(self, trial: Assignment, member: Member) -> Path:
-        return state_path(self._folder, trial.number, member if trial.members else None)
+        self._files.write_state(
+            trial,
+            member,
+            lambda path: training.program.save_state(path, training.state, notes),
+        )
 
     def _key(self, trial: Assignment, member: Member) -> dict[str, Any]:
         return {
@@ -326,30 +307,6 @@ class LocalBackend:
                 with self.meter.spending("compiling"):
                     prepare(arrays)
                 compiled.done = True
-
-
-def state_path(folder: Path, number: int, member: Member | None = None) -> Path:
-    """Where the state of an unfinished trial lies; of one of its members, where it has some."""
-    which = "" if member is None else f"-fold{member.fold}-seed{member.seed}"
-    return folder / f"{number:05d}{which}.state"
-
-
-def checkpoint_path(folder: Path, number: int) -> Path:
-    """Where the best weights of a trial lie."""
-    return folder / f"{number:05d}.eqx"
-
-
-def sweep(folder: Path, records: Collection[TrialRecord]) -> None:
-    """Remove the states of finished trials: their weights have been kept, or are of no use."""
-    # By the states that lie there, which are few; the records may be thousands.
-    states = {record.number: record.state for record in records}
-    for path in folder.glob("*.state"):
-        number, _, member = path.stem.partition("-")
-        if not number.isdigit() or int(number) not in states:
-            continue
-        kept = checkpoint_path(folder, int(number)).exists()
-        if member or kept or states[int(number)] == "FAIL":
-            path.unlink(missing_ok=True)
 
 
 def write_checkpoint(

@@ -8,6 +8,7 @@ rungs, checkpoints of best weights, at the true width.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -17,15 +18,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from desisky_tune.data.columns import BANDS
-from desisky_tune.errors import CheckpointError, MissingFileError
 from desisky_tune.search.arrays import SearchArrays
 from desisky_tune.search.backend import CURVE_SERIES, Assignment, Member, Progress
-from desisky_tune.search.local import checkpoint_path, state_path, write_checkpoint
+from desisky_tune.search.local import write_checkpoint
 from desisky_tune.search.pooling import MemberCurve, pooled_progress
 from desisky_tune.search.slot_banks import Outcome, SlotBanks, Work
+from desisky_tune.search.trial_files import TrialFiles
 
 if TYPE_CHECKING:
     from desisky_tune.search.space import TrainingSpec
+    from desisky_tune.search.storage import RunMirror
     from desisky_tune.training.slots import SlotShape
 
 
@@ -62,6 +64,8 @@ class SlotBackend:
         Where the states and the checkpoints of the trials are written.
     header
         Further keys for the header of each checkpoint: where it comes from.
+    mirror
+        Where a run on a URL has its files.
     slots
         Trainings side by side in a program; None for what a calibration finds (see
         `desisky_tune.search.slot_settings`), which is kept in `folder` for whoever goes on there.
@@ -86,6 +90,7 @@ class SlotBackend:
         training: TrainingSpec,
         folder: Path,
         header: Mapping[str, Any] | None = None,
+        mirror: RunMirror | None = None,
         *,
         slots: int | None = None,
         expected: int | None = None,
@@ -95,7 +100,7 @@ class SlotBackend:
         from desisky_tune.training.slot_rows import FoldRows, slot_rows
 
         self._training = training
-        self._folder = folder
+        self._files = TrialFiles(folder, mirror)
         self._header = dict(header or {})
         self._features = arrays.features
         self._folds = [
@@ -122,8 +127,7 @@ class SlotBackend:
         with running.lock:
             shape = self._plan.shape(trial.configuration)
             if not running.trainings:
-                # Weights of an unfinished trial, which an interrupt left, are not its last.
-                checkpoint_path(self._folder, trial.number).unlink(missing_ok=True)
+                self._files.discard_weights(trial)
                 for member in trial.trainings:
                     running.trainings[member] = self._open(trial, member, shape)
             self._train(trial, running.trainings, shape, epochs)
@@ -147,21 +151,22 @@ class SlotBackend:
             if len(running.trainings) != 1 or self._progress(trial, running.trainings).failed:
                 return
             ((member, training),) = running.trainings.items()
-            write_checkpoint(
-                checkpoint_path(self._folder, trial.number),
-                model_of(
+            write = functools.partial(
+                write_checkpoint,
+                model=model_of(
                     training.state.best_parameters,
                     len(self._features),
                     len(BANDS),
                     int(trial.configuration["width"]),
                 ),
-                self._progress(trial, running.trainings),
-                trial,
-                self._training,
-                self._features,
-                self._folds[member.fold].scaling,
-                self._header,
+                progress=self._progress(trial, running.trainings),
+                trial=trial,
+                training=self._training,
+                features=self._features,
+                scaling=self._folds[member.fold].scaling,
+                header=self._header,
             )
+            self._files.write_weights(trial, write)
 
     def figures(self) -> dict[str, int]:
         """Return what the device does: see `SlotBanks.figures`."""
@@ -261,12 +266,9 @@ class SlotBackend:
 
         sizes = len(self._features), len(BANDS), int(trial.configuration["width"]), shape.depth
         fresh = fresh_state(*sizes, member.seed)
-        try:
-            state, notes = read_state(self._state_path(trial, member), fresh)
-            if notes["trial"] == self._key(trial, member, shape):
-                return _Training(state, **notes["progress"])
-        except (MissingFileError, CheckpointError, KeyError, TypeError):
-            pass
+        left = self._files.read_state(trial, member, lambda path: read_state(path, fresh))
+        if left is not None and left[1].get("trial") == self._key(trial, member, shape):
+            return _Training(left[0], **left[1]["progress"])
         return _Training(fresh, 0, 0.0, {}, [])
 
     def _save(
@@ -281,10 +283,9 @@ class SlotBackend:
             "objectives": training.objectives,
         }
         notes = {"trial": self._key(trial, member, shape), "progress": progress}
-        write_state(self._state_path(trial, member), training.state, notes)
-
-    def _state_path(self, trial: Assignment, member: Member) -> Path:
-        return state_path(self._folder, trial.number, member if trial.members else None)
+        self._files.write_state(
+            trial, member, lambda path: write_state(path, training.state, notes)
+        )
 
     def _key(self, trial: Assignment, member: Member, shape: SlotShape) -> dict[str, Any]:
         return {
