@@ -44,12 +44,15 @@ class Work:
         Where the states and the checkpoints of the trials are written.
     header
         Further keys for the header of each checkpoint.
+    slots
+        Trainings side by side in a program of a GPU; None for a calibration.
     """
 
     run: str
     training: TrainingSpec
     folder: Path
     header: Mapping[str, Any]
+    slots: int | None = None
 
 
 def make_backend(device: Device, work: Work, arrays: SearchArrays) -> Backend:

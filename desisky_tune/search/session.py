@@ -131,7 +131,8 @@ def _run_session(
     spec, folder = run.spec, run.folder
     known = Ledger(folder.ledger).records()
     remaining = remaining_trials(spec.search.trials, known)
-    plans = plan_engines(nodes_of(ray), spec.resources, emit, local=local)
+    members = max(1, len(search_members(spec)))
+    plans = plan_engines(nodes_of(ray), spec.resources, emit, local=local, members=members)
     in_flight = min(sum(plan.room for plan in plans), remaining)
     if first:
         emit(
@@ -155,7 +156,13 @@ def _run_session(
         seed=spec.training.seed,
         emit=emit,
     )
-    work = Work(folder.name, spec.training, folder.trials, checkpoint_header(run))
+    work = Work(
+        run=folder.name,
+        training=spec.training,
+        folder=folder.trials,
+        header=checkpoint_header(run),
+        slots=spec.resources.slots,
+    )
     with running_engines(ray, plans, work, search_arrays(run), in_flight) as engines:
         _fit(run, recorder, known, engines, in_flight, deadline, ray=ray, emit=emit)
         figures = engines.close(len(recorder.records) - len(known))
