@@ -49,6 +49,8 @@ class Work:
         Trainings of one shape that a GPU may have under way at a time; None for any number.
     mirror
         Where these files are put as well, for a run on a URL.
+    slots
+        Trainings side by side in a program of a GPU; None for a calibration.
     """
 
     run: str
@@ -57,6 +59,7 @@ class Work:
     header: Mapping[str, Any]
     trainings: int | None = None
     mirror: RunMirror | None = None
+    slots: int | None = None
 
 
 def make_backend(device: Device, work: Work, arrays: SearchArrays) -> Backend:
@@ -70,7 +73,13 @@ def make_backend(device: Device, work: Work, arrays: SearchArrays) -> Backend:
         from desisky_tune.search.slot_backend import SlotBackend
 
         return SlotBackend(
-            arrays, work.training, work.folder, work.header, work.mirror, expected=work.trainings
+            arrays,
+            work.training,
+            work.folder,
+            work.header,
+            work.mirror,
+            slots=work.slots,
+            expected=work.trainings,
         )
     from desisky_tune.search.local import LocalBackend
 

@@ -156,7 +156,8 @@ def _run_session(
     spec, folder = run.spec, run.folder
     known = Ledger(folder.ledger).records()
     remaining = remaining_trials(spec.search.trials, known)
-    plans = plan_engines(nodes_of(ray), spec.resources, emit, local=local)
+    members = max(1, len(search_members(spec)))
+    plans = plan_engines(nodes_of(ray), spec.resources, emit, local=local, members=members)
     in_flight = min(sum(plan.room for plan in plans), remaining)
     if first:
         emit(
@@ -188,6 +189,7 @@ def _run_session(
         header=checkpoint_header(run),
         trainings=expected_trainings(spec, in_flight),
         mirror=folder.mirror,
+        slots=spec.resources.slots,
     )
     with running_engines(ray, plans, work, search_arrays(run), in_flight) as engines:
         _fit(run, recorder, known, engines, in_flight, deadline, stop, ray=ray, emit=emit)
