@@ -6,10 +6,12 @@
       search.json        the resolved specification, data, split (EXPIDs), versions
       features.parquet   the feature table that the run was made with
       ledger.jsonl       one line per finished trial: the truth that a resume goes by
+      finalists.jsonl    likewise, of the finalists
       started.jsonl      one line per trial handed out, so that a resume repeats it
       study.db           the Optuna study
       trials/            a checkpoint per trial (and its state while it is unfinished)
       trials.parquet  curves.parquet  evaluation.json
+      out_of_fold.parquet  predictions of the finalists' folds, where there are finalists
       best/<name>.eqx    the winner
       tune/              what Ray Tune writes
 """
@@ -78,6 +80,11 @@ class RunFolder:
         return self.path / "ledger.jsonl"
 
     @property
+    def finalists(self) -> Path:
+        """One line per finalist that was trained once more."""
+        return self.path / "finalists.jsonl"
+
+    @property
     def started(self) -> Path:
         """One line per trial that was handed out."""
         return self.path / "started.jsonl"
@@ -101,6 +108,11 @@ class RunFolder:
     def evaluation(self) -> Path:
         """The winner's and the baselines' figures."""
         return self.path / "evaluation.json"
+
+    @property
+    def out_of_fold(self) -> Path:
+        """Predictions of the winner and the baselines on the finalists' folds."""
+        return self.path / "out_of_fold.parquet"
 
     @property
     def best(self) -> Path:

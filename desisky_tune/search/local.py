@@ -19,7 +19,7 @@ from desisky_tune.data.columns import BANDS
 from desisky_tune.errors import CheckpointError, MissingFileError
 from desisky_tune.search.arrays import Fold, SearchArrays
 from desisky_tune.search.backend import CURVE_SERIES, Assignment, Member, Progress
-from desisky_tune.search.pooling import MemberCurve, pooled_progress
+from desisky_tune.search.pooling import MemberCurve, pool, pooled_progress
 
 if TYPE_CHECKING:
     from desisky_tune.search.records import TrialRecord
@@ -32,6 +32,8 @@ __all__ = [
     "LocalBackend",
     "SearchArrays",
     "checkpoint_path",
+    "final_path",
+    "member_path",
     "process_environment",
     "state_path",
     "sweep",
@@ -50,7 +52,11 @@ class _FoldRows:
 
 @dataclass(frozen=True)
 class _Training:
-    """One member under way: the state of its program, and what it has measured."""
+    """One member under way: the state of its program, and what it has measured.
+
+    `before` is the state (and its epochs) from which the last advance began: what is asked
+    for of an earlier epoch is trained again from there.
+    """
 
     program: Any
     state: Any
@@ -59,6 +65,7 @@ class _Training:
     curve: dict[str, list[float]]
     objectives: list[float]
     failed: bool = False
+    before: tuple[int, Any] | None = None
 
 
 class LocalBackend:
@@ -104,7 +111,10 @@ class LocalBackend:
             running[member] = training
             if training.failed:
                 break
-        return self._progress(trial, running)
+        progress = self._progress(trial, running)
+        if trial.keep_members and progress.epochs >= self._training.epochs and not progress.failed:
+            self._keep_members(trial, running)
+        return progress
 
     def release(self, trial: Assignment) -> None:
         """Keep the best weights of a trial, and forget it here.
@@ -128,19 +138,53 @@ class LocalBackend:
             self._header,
         )
 
+    def _keep_members(self, trial: Assignment, running: Mapping[Member, _Training]) -> None:
+        """Write the weights of every member at the best epoch of its seed's pooled curve."""
+        best_epochs = pool(self._curves(running)).best_epochs
+        for member, training in running.items():
+            epoch = best_epochs[member.seed]
+            series = {name: values[epoch] for name, values in training.curve.items()}
+            progress = Progress(
+                epochs=training.epochs,
+                objective=training.objectives[epoch],
+                best_epoch=epoch,
+                rmse={band: series[band] for band in BANDS},
+                train_loss=series["train_loss"],
+                test_loss=series["test_loss"],
+                seconds=training.seconds,
+            )
+            origin = dict(self._header.get("search", {}), fold=member.fold)
+            write_checkpoint(
+                member_path(self._folder, trial.number, member),
+                self._model_at(trial, member, training, epoch),
+                progress,
+                trial,
+                self._training,
+                self._features,
+                self._fold(member.fold).scaling,
+                {**self._header, "search": origin, "seed": member.seed},
+            )
+
+    def _model_at(self, trial: Assignment, member: Member, training: _Training, epoch: int) -> Any:
+        """Return a member's weights after `epoch`, trained again where they were not its best."""
+        if epoch == int(np.argmin(training.objectives)):
+            return training.program.best_model(training.state)
+        done, state = training.before or (0, None)
+        if state is None or done > epoch:
+            done, state = 0, training.program.init(member.seed)
+        arrays = self._fold(member.fold).arrays
+        state, _ = training.program.advance(
+            state, arrays, _hyperparameters(trial), epoch + 1 - done
+        )
+        return training.program.last_model(state)
+
     def _train(
         self, trial: Assignment, member: Member, training: _Training, epochs: int
     ) -> _Training:
-        from desisky_tune.training.program import Hyperparameters
-
         began = time.perf_counter()
-        hyperparameters = Hyperparameters(
-            learning_rate=float(trial.configuration["learning_rate"]),
-            huber_delta=float(trial.configuration["huber_delta"]),
-        )
         arrays = self._fold(member.fold).arrays
         state, curve = training.program.advance(
-            training.state, arrays, hyperparameters, epochs - training.epochs
+            training.state, arrays, _hyperparameters(trial), epochs - training.epochs
         )
         series = dict(
             zip(
@@ -151,6 +195,7 @@ class LocalBackend:
         )
         training = replace(
             training,
+            before=(training.epochs, training.state) if trial.keep_members else None,
             state=state,
             epochs=training.epochs + len(curve.train_loss),
             seconds=training.seconds + time.perf_counter() - began,
@@ -167,12 +212,7 @@ class LocalBackend:
 
     def _progress(self, trial: Assignment, running: Mapping[Member, _Training]) -> Progress:
         """Say where a trial stands: at the best epoch so far of its members together."""
-        curves = [
-            MemberCurve(
-                member, self._fold(member.fold).validation, training.curve, training.objectives
-            )
-            for member, training in running.items()
-        ]
+        curves = self._curves(running)
         seconds = sum(training.seconds for training in running.values())
         for member, training in running.items():
             if training.failed or not training.epochs:
@@ -183,6 +223,14 @@ class LocalBackend:
                 )
                 return pooled_progress(curves, seconds, reason)
         return pooled_progress(curves, seconds)
+
+    def _curves(self, running: Mapping[Member, _Training]) -> list[MemberCurve]:
+        return [
+            MemberCurve(
+                member, self._fold(member.fold).validation, training.curve, training.objectives
+            )
+            for member, training in running.items()
+        ]
 
     def _open(self, trial: Assignment, member: Member) -> _Training:
         """Begin a member, or take it up from the state that it left.
@@ -256,6 +304,25 @@ def state_path(folder: Path, number: int, member: Member | None = None) -> Path:
 def checkpoint_path(folder: Path, number: int) -> Path:
     """Where the best weights of a trial lie."""
     return folder / f"{number:05d}.eqx"
+
+
+def member_path(folder: Path, number: int, member: Member) -> Path:
+    """Where the weights of one member of a trial lie, where they are kept."""
+    return folder / f"{number:05d}-fold{member.fold}-seed{member.seed}.eqx"
+
+
+def final_path(folder: Path, number: int) -> Path:
+    """Where the weights of a trial's configuration lie that were fitted to all its folds' rows."""
+    return folder / f"{number:05d}-final.eqx"
+
+
+def _hyperparameters(trial: Assignment) -> Any:
+    from desisky_tune.training.program import Hyperparameters
+
+    return Hyperparameters(
+        learning_rate=float(trial.configuration["learning_rate"]),
+        huber_delta=float(trial.configuration["huber_delta"]),
+    )
 
 
 def sweep(folder: Path, records: Collection[TrialRecord]) -> None:

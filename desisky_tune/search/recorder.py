@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback, Stopper
@@ -27,6 +28,8 @@ class Recorder(Callback):
     ----------
     folder
         The run.
+    ledger
+        Where the records go.
     known
         Records of trials that finished in an earlier session of the run.
     total
@@ -46,6 +49,7 @@ class Recorder(Callback):
     def __init__(
         self,
         folder: RunFolder,
+        ledger: Path,
         known: Iterable[TrialRecord],
         *,
         total: int,
@@ -56,7 +60,7 @@ class Recorder(Callback):
         emit: EventSink,
     ) -> None:
         self._folder = folder
-        self._ledger = Ledger(folder.ledger)
+        self._ledger = Ledger(ledger)
         self._records = {record.number: record for record in known}
         self._started = set(folder.read_started()) | set(self._records)
         self._clock: dict[int, float] = {}

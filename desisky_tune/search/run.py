@@ -19,6 +19,12 @@ from desisky_tune.search.events import (
     EventSink,
     SearchFinished,
 )
+from desisky_tune.search.finalists import (
+    conclude_finalists,
+    fixed_finalists,
+    recorded_finalists,
+    unfinished_finalists,
+)
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.leaderboard import leaderboard
 from desisky_tune.search.local import sweep
@@ -31,7 +37,7 @@ from desisky_tune.search.records import (
     write_tables,
 )
 from desisky_tune.search.space import SearchSpec, load_spec
-from desisky_tune.search.winner import crown
+from desisky_tune.search.winner import crown, crown_finalist
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,14 +54,14 @@ class SearchResult:
     records
         Every trial, by number.
     winner
-        The trial that was chosen on the validation rows.
+        The trial that was chosen: the finalists' winner, or on the validation rows.
     checkpoint
         The winner's checkpoint.
     board
         The leaderboard.
     evaluation
-        RMSE (mag) of the winner, the documented default, the classical model and the
-        constant, on validation and test rows; see `desisky_tune.search.winner`.
+        RMSE (mag) of the winner and the baselines, on validation and test rows; see
+        `desisky_tune.search.winner`.
     seconds
         Wall time of this session of the search.
     """
@@ -152,7 +158,7 @@ def resume_search(
     with run.folder.lock():
         ended = "result" in run.folder.read_search()
         records = Ledger(run.folder.ledger).records()
-        if not ended and remaining_trials(run.spec.search.trials, records):
+        if not ended and _unfinished(run, records):
             with ray_session(address=address, dashboard=dashboard) as ray:
                 _search(run, ray, emit, local=address is None)
         return _finish(run, emit, started)
@@ -170,9 +176,30 @@ def _search(run: SearchRun, ray: Any, emit: EventSink, *, local: bool) -> None:
             provenance=dict(run.table.provenance),
         )
     )
-    from desisky_tune.search.session import run_trials  # imports Ray, which has begun
+    # Imports Ray, which has begun.
+    from desisky_tune.search.session import run_stage
+    from desisky_tune.search.stages import FinalistStage, SearchStage
 
-    run_trials(run, ray, emit, local=local)
+    finalists = recorded_finalists(run)
+    if finalists is None:
+        run_stage(run, SearchStage(run), ray, emit, local=local)
+    if run.spec.evaluation.final_plan[0]:
+        records = Ledger(run.folder.ledger).records()
+        if best_record(records) is None:
+            return  # there is no winner, which is told when the run is finished
+        finalists = fixed_finalists(run, records)
+        if unfinished_finalists(run, finalists):
+            configurations = {each.number: each.configuration for each in finalists}
+            run_stage(run, FinalistStage(run, configurations), ray, emit, local=local)
+
+
+def _unfinished(run: SearchRun, records: list[TrialRecord]) -> bool:
+    """Whether a stage of the run has trials without a record."""
+    finalists = recorded_finalists(run)
+    if finalists is not None:
+        return unfinished_finalists(run, finalists) > 0
+    waiting = remaining_trials(run.spec.search.trials, records) > 0
+    return waiting or run.spec.evaluation.final_plan[0] > 0
 
 
 def _finish(run: SearchRun, emit: EventSink, started: float) -> SearchResult:
@@ -187,7 +214,15 @@ def _finish(run: SearchRun, emit: EventSink, started: float) -> SearchResult:
             f"no trial completed ({len(records)} ended, none of them after "
             f"{spec.training.epochs} epochs): there is no winner in {folder.path}"
         )
-    evaluation = crown(run, winner, records)
+    if run.spec.evaluation.final_plan[0]:
+        final = conclude_finalists(run)
+        evaluation = crown_finalist(run, final)
+        winner = next(
+            (record for record in records if record.number == final.winner.trial),
+            final.records[final.winner.number],
+        )
+    else:
+        evaluation = crown(run, winner, records)
     seconds = time.time() - started
     states = {
         state: sum(record.state == state for record in records)

@@ -1,4 +1,4 @@
-"""Sessions of a search: experiments of Ray Tune that run the trials without a record.
+"""Sessions of a stage: experiments of Ray Tune that run the trials without a record.
 
 A search that is neither interrupted nor loses a process is one session. Each starts from
 the ledger: the study is written anew from it, the scheduler is told what earlier trials
@@ -22,14 +22,12 @@ from ray import tune
 
 from desisky_tune.errors import RunError, SearchError, SearchInterrupted
 from desisky_tune.search.events import EventSink, Note, SearchStarted
-from desisky_tune.search.folds import search_arrays, search_members
 from desisky_tune.search.local import LocalBackend, process_environment
 from desisky_tune.search.origin import SearchRun, checkpoint_header
 from desisky_tune.search.recorder import GiveUp, Recorder
 from desisky_tune.search.records import Ledger, best_record, remaining_trials
-from desisky_tune.search.schedulers import make_scheduler
-from desisky_tune.search.searcher import StudySearch, rebuild_study
-from desisky_tune.search.space import SearchSpec, rungs
+from desisky_tune.search.space import SearchSpec
+from desisky_tune.search.stages import Stage
 from desisky_tune.search.trial import Roster, SearchTrial, TrialPlan
 
 #: What Ray Tune reads from the environment; the search draws and writes its own.
@@ -41,13 +39,15 @@ TUNE_ENVIRONMENT: Mapping[str, str] = {
 }
 
 
-def run_trials(run: SearchRun, ray: Any, emit: EventSink, *, local: bool) -> None:
-    """Run trials until each has a record, or until something ends the search early.
+def run_stage(run: SearchRun, stage: Stage, ray: Any, emit: EventSink, *, local: bool) -> None:
+    """Run trials until each has a record, or until something ends the stage early.
 
     Parameters
     ----------
     run
-        The run; its ledger says what is done.
+        The run.
+    stage
+        Its search, or its finalists; the stage's ledger says what is done.
     ray
         The module, connected.
     emit
@@ -64,13 +64,12 @@ def run_trials(run: SearchRun, ray: Any, emit: EventSink, *, local: bool) -> Non
     StorageError
         When the run's files cannot be written.
     """
-    spec, folder = run.spec, run.folder
-    limit, trials = spec.search.time_limit, spec.search.trials
+    limit, trials = stage.time_limit, stage.total
     deadline = None if limit is None else time.monotonic() + limit
     deaths: Counter[int] = Counter()
     first = True
     while True:
-        recorder = _run_session(run, ray, emit, deaths, deadline, local=local, first=first)
+        recorder = _run_session(run, stage, ray, emit, deaths, deadline, local=local, first=first)
         records, first = recorder.records, False
         if recorder.broken is not None:
             raise recorder.broken
@@ -86,16 +85,16 @@ def run_trials(run: SearchRun, ray: Any, emit: EventSink, *, local: bool) -> Non
             break
         # Only trials whose process died are left, and each may be tried again.
         emit(Note(f"{unfinished} trials are started again: their processes died"))
-    # Trials under way were not told to the study: it is written anew from the ledger.
-    rebuild_study(folder.study, spec, records)
+    stage.conclude(records)
     done = trials - unfinished
     if deadline is None or time.monotonic() < deadline or best_record(records) is None:
-        raise SearchInterrupted(folder.path, done, trials)
+        raise SearchInterrupted(run.folder.path, done, trials)
     emit(Note(f"the time limit of {limit:g} s ended the search after {done} of {trials} trials"))
 
 
 def _run_session(
     run: SearchRun,
+    stage: Stage,
     ray: Any,
     emit: EventSink,
     deaths: Counter[int],
@@ -106,36 +105,28 @@ def _run_session(
 ) -> Recorder:
     """Run the trials that have no record yet in one experiment of Ray Tune."""
     spec, folder = run.spec, run.folder
-    known = Ledger(folder.ledger).records()
-    finished = {record.number for record in known}
-    handed_out = folder.read_started()
-    pending = [(n, c) for n, c in sorted(handed_out.items()) if n not in finished]
-    remaining = remaining_trials(spec.search.trials, known)
+    known = Ledger(stage.ledger).records()
+    remaining = remaining_trials(stage.total, known)
     resources = {"cpu": spec.resources.cpus_per_trial, "gpu": spec.resources.gpus_per_trial}
     concurrency = min(_concurrency(spec, ray, emit, local=local), remaining)
-
-    # Also where no trial has begun: a killed driver may have left a study with one in it.
-    rebuild_study(folder.study, spec, known)
-    searcher = StudySearch(spec, folder.study, workers=concurrency)
-    searcher.prime(known, pending)
-    scheduler = make_scheduler(spec)
-    scheduler.prime(known)
-
-    arrays = search_arrays(run)
+    searcher, scheduler = stage.begin(known, concurrency)
+    arrays = stage.arrays()
     plan = TrialPlan(
-        rungs=tuple(rungs(spec)),
+        rungs=stage.rungs,
         seed=spec.training.seed,
         backend=functools.partial(
             _local_backend, ray.put(arrays), spec.training, folder.trials, checkpoint_header(run)
         ),
         environment=process_environment(gpu=spec.resources.gpus_per_trial > 0),
-        members=search_members(spec),
+        members=stage.members,
+        keep_members=stage.keep_members,
     )
     roster = ray.remote(num_cpus=0)(Roster).remote(concurrency) if concurrency > 1 else None
     recorder = Recorder(
         folder,
+        stage.ledger,
         known,
-        total=spec.search.trials,
+        total=stage.total,
         max_epochs=spec.training.epochs,
         max_deaths=spec.search.max_failures,
         deaths=deaths,
@@ -147,11 +138,13 @@ def _run_session(
             SearchStarted(
                 name=folder.name,
                 run_dir=folder.path,
-                trials=spec.search.trials,
+                trials=stage.total,
                 epochs=spec.training.epochs,
                 concurrency=concurrency,
                 finished=len(known),
                 dashboard_url=_dashboard_url(ray),
+                stage=stage.name,
+                trainings=max(1, len(stage.members)),
             )
         )
     trainable = tune.with_resources(
@@ -172,7 +165,7 @@ def _run_session(
             trial_dirname_creator=_trial_name,
         ),
         run_config=tune.RunConfig(
-            name=f"session-{len(list(folder.tune.glob('session-*'))) + 1}",
+            name=f"{stage.sessions}-{len(list(folder.tune.glob(f'{stage.sessions}-*'))) + 1}",
             storage_path=str(folder.tune),
             callbacks=[recorder],
             stop=GiveUp(recorder),
