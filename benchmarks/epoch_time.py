@@ -1,12 +1,14 @@
 """Milliseconds per epoch of the training core, beside desisky's trainer and a large sgemm.
 
     python benchmarks/epoch_time.py [--batch 32 128] [--width 128] [--depth 5] [--repeats 9]
+                                    [--core auto xla]
 
 The default architecture (6 -> 128 x 5 -> 4) on 1351 training rows, as in a 70/30 split of the
 1931 moonlit exposures of the DR1 VAC; the other 580 are validated after each epoch. Prints the
 machine, the versions, the command, and tables in Markdown:
 
-- milliseconds per epoch with validation, and without; the rate of the second, counting 2
+- milliseconds per epoch with validation, and without, by the core that `program_for` chooses
+  (in C on a CPU) and by XLA; the rate of the second, counting 2
   operations a weight forward and 4 backward, less the first layer's input gradient; and its
   share of the rate of a large float32 matrix product on as many cores as the program used.
   The product is NumPy's and XLA's of 2048 x 2048, whichever is faster;
@@ -19,6 +21,7 @@ idle machine: the share is of what one core gives at that moment.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -44,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--depth", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--core", nargs="+", default=["auto", "xla"])
     parser.add_argument("--reference-epochs", type=int, default=4)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -58,19 +62,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _core_table(options: argparse.Namespace) -> str:
     lines = [
         "",
-        "| batch | ms/epoch | without validation | cores used | GFLOP/s | sgemm, same cores |"
-        " share |",
-        "|---|---|---|---|---|---|---|",
+        "| training core | batch | ms/epoch | without validation | cores used | GFLOP/s |"
+        " sgemm, same cores | share |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for batch in options.batch:
-        core = _worker("core", options, batch=[batch])
+    for name, batch in itertools.product(options.core, options.batch):
+        core = _worker("core", options, batch=[batch], core=[name])
         cores = max(1, round(core["cores"]))
         product = max(
             (_worker(kind, options, cores=cores)["rate"], kind) for kind in ("numpy", "xla")
         )
         rate = _operations(options.width, options.depth) / core["training"]
         lines.append(
-            f"| {batch} | {1e3 * core['epoch']:.2f} | {1e3 * core['training']:.2f} |"
+            f"| {core['name']} | {batch} | {1e3 * core['epoch']:.2f} | {1e3 * core['training']:.2f} |"
             f" {core['cores']:.2f} | {rate / 1e9:.1f} | {product[0] / 1e9:.1f} ({product[1]}) |"
             f" {100 * rate / product[0]:.0f} % |"
         )
@@ -93,7 +97,7 @@ def _reference_table(options: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def _worker(kind: str, options: argparse.Namespace, **changes: Any) -> dict[str, float]:
+def _worker(kind: str, options: argparse.Namespace, **changes: Any) -> dict[str, Any]:
     """Run one measurement in a fresh process."""
     values = {**vars(options), **changes}
     cores = values.pop("cores", None)
@@ -101,11 +105,11 @@ def _worker(kind: str, options: argparse.Namespace, **changes: Any) -> dict[str,
     if cores is not None:
         environment |= {"OPENBLAS_NUM_THREADS": str(cores), "NPROC": str(cores)}
     command = [sys.executable, __file__, "--worker", kind]
-    command += ["--batch", *map(str, values["batch"])]
+    command += ["--batch", *map(str, values["batch"]), "--core", *values["core"]]
     for name in ("width", "depth", "repeats", "reference_epochs"):
         command += ["--" + name.replace("_", "-"), str(values[name])]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return measured
 
 
@@ -121,12 +125,17 @@ def _rows() -> tuple[np.ndarray, ...]:
     return inputs[:TRAIN_ROWS], targets[:TRAIN_ROWS], inputs[TRAIN_ROWS:], targets[TRAIN_ROWS:]
 
 
-def _measure_core(options: argparse.Namespace) -> dict[str, float]:
-    from desisky_tune.training.program import Hyperparameters, program_for, training_arrays
+def _measure_core(options: argparse.Namespace) -> dict[str, Any]:
+    from desisky_tune.training.program import (
+        Hyperparameters,
+        Program,
+        program_for,
+        training_arrays,
+    )
 
     arrays = training_arrays(*_rows())
     hyperparameters = Hyperparameters(learning_rate=1e-4, huber_delta=0.25)
-    measured = {}
+    measured: dict[str, Any] = {}
     for name, validate_every in (("epoch", 1), ("training", NEVER)):
         program = program_for(
             in_size=INPUTS,
@@ -135,7 +144,9 @@ def _measure_core(options: argparse.Namespace) -> dict[str, float]:
             depth=options.depth,
             batch_size=options.batch[0],
             validate_every=validate_every,
+            core=options.core[0],
         )
+        measured["name"] = "XLA" if isinstance(program, Program) else "native"
         state, _ = program.advance(program.init(0), arrays, hyperparameters, 3)
         began = time.perf_counter()
         program.advance(state, arrays, hyperparameters, 3)

@@ -75,6 +75,11 @@ def test_the_shipped_data_and_their_notice_travel_in_the_wheel(wheel: zipfile.Zi
         assert wheel.read(f"desisky_tune/data/sample/{path.name}") == path.read_bytes()
 
 
+def test_the_native_core_travels_in_the_wheel_as_source(wheel: zipfile.ZipFile) -> None:
+    source = ROOT / "desisky_tune" / "training" / "native" / "training.c"
+    assert wheel.read("desisky_tune/training/native/training.c") == source.read_bytes()
+
+
 def test_a_wheel_serves_its_spaces_and_its_data_from_anywhere(
     wheel: zipfile.ZipFile, tmp_path: Path
 ) -> None:

@@ -93,10 +93,11 @@ def equal(left, right) -> bool:
 # ---------------------------------------------------------------- the arithmetic
 
 
+@pytest.mark.parametrize("core", ["auto", "xla"])
 @pytest.mark.parametrize(("batch", "depth"), [(7, 1), (32, 3), (64, 3), (200, 1)])
-def test_the_curve_is_that_of_a_plain_loop_with_optax(batch, depth):
+def test_the_curve_is_that_of_a_plain_loop_with_optax(batch, depth, core):
     arrays, scaling = scaled_arrays()
-    program = program_for(**{**SHAPE, "depth": depth}, batch_size=batch)
+    program = program_for(**{**SHAPE, "depth": depth}, batch_size=batch, core=core)
     state, curve = program.advance(program.init(5, mlp(depth=depth)), arrays, DEFAULT, 6)
     model, train, test, rmse = loop(
         mlp(depth=depth),
@@ -120,10 +121,11 @@ def test_the_curve_is_that_of_a_plain_loop_with_optax(batch, depth):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
+@pytest.mark.parametrize("core", ["auto", "xla"])
 @pytest.mark.parametrize(("name", "loss"), [("l2", l2), ("huber", huber)])
-def test_without_scaling_or_shuffle_it_is_the_documented_arithmetic(name, loss):
+def test_without_scaling_or_shuffle_it_is_the_documented_arithmetic(name, loss, core):
     rows = table()
-    program = program_for(**SHAPE, batch_size=32, loss=name, shuffle=False)
+    program = program_for(**SHAPE, batch_size=32, loss=name, shuffle=False, core=core)
     arrays = training_arrays(*rows)
     _, curve = program.advance(program.init(0, mlp(3)), arrays, DEFAULT, 5)
     _, train, test, _ = loop(
@@ -203,9 +205,10 @@ def test_drop_last_leaves_the_short_batch_out():
 # ---------------------------------------------------------------- exactness
 
 
-def test_twenty_five_chunks_are_one_run_bit_for_bit():
+@pytest.mark.parametrize("core", ["auto", "xla"])
+def test_twenty_five_chunks_are_one_run_bit_for_bit(core):
     arrays, _ = scaled_arrays()
-    program = program_for(**SHAPE, batch_size=32)
+    program = program_for(**SHAPE, batch_size=32, core=core)
     whole, curve = program.advance(program.init(2), arrays, DEFAULT, 500)
     state, pieces = program.init(2), []
     for _ in range(25):
@@ -219,7 +222,9 @@ def test_twenty_five_chunks_are_one_run_bit_for_bit():
 
 def test_more_epochs_than_the_capacity_are_the_same_run():
     arrays, _ = scaled_arrays()
-    small, large = (program_for(**SHAPE, batch_size=32, epochs=size) for size in (4, 64))
+    small, large = (
+        program_for(**SHAPE, batch_size=32, epochs=size, core="xla") for size in (4, 64)
+    )
     left, left_curve = small.advance(small.init(2), arrays, DEFAULT, 11)
     right, right_curve = large.advance(large.init(2), arrays, DEFAULT, 11)
     assert equal(left, right)
@@ -289,12 +294,13 @@ def test_the_initial_weights_are_those_of_the_seeds_key():
 # ---------------------------------------------------------------- the best epoch
 
 
+@pytest.mark.parametrize("core", ["auto", "xla"])
 @pytest.mark.parametrize("select", ["rmse", "loss"])
-def test_the_best_model_is_of_the_lowest_epoch(select):
+def test_the_best_model_is_of_the_lowest_epoch(select, core):
     arrays, scaling = scaled_arrays()
     rows = table()
     rate = Hyperparameters(learning_rate=3e-2, huber_delta=0.05)
-    program = program_for(**SHAPE, batch_size=16, select=select)
+    program = program_for(**SHAPE, batch_size=16, select=select, core=core)
     state, curve = program.advance(program.init(0), arrays, rate, 60)
     values = curve.objective if select == "rmse" else curve.test_loss
     best = int(np.argmin(values))
@@ -319,9 +325,10 @@ def test_epochs_that_are_not_validated_hold_nan_and_cannot_be_best():
     assert int(state.best_epoch) == 3 * int(np.argmin(dense.objective[::3]))
 
 
-def test_a_training_that_diverges_stops_and_keeps_its_best():
+@pytest.mark.parametrize("core", ["auto", "xla"])
+def test_a_training_that_diverges_stops_and_keeps_its_best(core):
     arrays, _ = scaled_arrays()
-    program = program_for(**SHAPE, batch_size=32, loss="l2")
+    program = program_for(**SHAPE, batch_size=32, loss="l2", core=core)
     state, curve = program.advance(program.init(0), arrays, DEFAULT, 4)
     best = float(state.best_value)
     state, curve = program.advance(state, arrays, Hyperparameters(1e30), 50)

@@ -13,6 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 from desisky_tune.errors import InputError
 from desisky_tune.training.scaling import Scaling
 
+#: On a device, or (the native core's) in memory.
+Array = jax.Array | NDArray[Any]
+
 
 @dataclass(frozen=True)
 class Hyperparameters:
@@ -138,11 +141,11 @@ class TrainState(NamedTuple):
     parameters: Any
     optimiser: Any
     best_parameters: Any
-    best_value: jax.Array
-    best_epoch: jax.Array
-    epoch: jax.Array
-    seed: jax.Array
-    failed: jax.Array
+    best_value: Array
+    best_epoch: Array
+    epoch: Array
+    seed: Array
+    failed: Array
 
 
 @dataclass(frozen=True)

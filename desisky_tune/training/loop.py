@@ -7,7 +7,7 @@ rounding.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,9 @@ from desisky_tune.training.program import (
     curve_of,
 )
 from desisky_tune.training.scaling import Scaling
+
+if TYPE_CHECKING:
+    from desisky_tune.training.native.program import NativeProgram
 
 
 class Training(Protocol):
@@ -45,7 +48,7 @@ class CompiledTraining:
 
     def __init__(
         self,
-        program: Program,
+        program: Program | NativeProgram,
         state: TrainState,
         arrays: TrainingArrays,
         hyperparameters: Hyperparameters,

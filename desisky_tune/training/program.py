@@ -7,6 +7,9 @@ parameters and the curve stay there, and the curve comes back as one array at th
 
 A training is a function of (model, seed, arrays, hyperparameters, shape) alone: advancing it 25
 times by 20 epochs, or once by 500, or through a file in between, gives the same bits.
+
+On a CPU `program_for` prefers the core in C (`desisky_tune.training.native`), which has the same
+face and keeps the same promises.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -39,6 +42,9 @@ from desisky_tune.training.losses import named_loss
 from desisky_tune.training.names import SELECTIONS
 from desisky_tune.training.shuffle import epoch_order
 from desisky_tune.training.steps import GenericStepper, Stepper, trainable
+
+if TYPE_CHECKING:
+    from desisky_tune.training.native.program import NativeProgram
 
 __all__ = [
     "Curve",
@@ -97,15 +103,11 @@ class Program:
         capacity: int = DEFAULT_CAPACITY,
         lean: bool = True,
     ) -> None:
-        for name, value in (
-            ("batch_size", batch_size),
-            ("validate_every", validate_every),
-            ("capacity", capacity),
-        ):
-            if value < 1:
-                raise InputError(f"Program: {name} is {value}; it must be at least 1")
-        if select not in SELECTIONS:
-            raise InputError(f"Program: select is {select!r}; it must be one of {SELECTIONS}")
+        check_settings(
+            batch_size=batch_size, loss=loss, select=select, validate_every=validate_every
+        )
+        if capacity < 1:
+            raise InputError(f"Program: capacity is {capacity}; it must be at least 1")
         self._loss = named_loss(loss)
         self._skeleton = eqx.filter(model, trainable, inverse=True)
         self._abstract = jax.tree.map(
@@ -423,6 +425,19 @@ def _magnitudes(output: jax.Array, scale: TargetScale | TrainingArrays) -> jax.A
     return output * scale.target_sd + scale.target_mean
 
 
+def native_core(
+    loss: str | Callable[[Any, Any], Any], optimizer: optax.GradientTransformation | None
+) -> Any:
+    """Return the native core where it can train this and JAX has no accelerator, else None."""
+    if os.environ.get("DESISKY_TUNE_CORE") == "xla":
+        return None
+    if not isinstance(loss, str) or optimizer is not None or jax.default_backend() != "cpu":
+        return None
+    from desisky_tune.training.native import library
+
+    return library()
+
+
 @lru_cache(maxsize=64)
 def program_for(
     *,
@@ -438,7 +453,8 @@ def program_for(
     validate_every: int = 1,
     shuffle: bool = True,
     drop_last: bool = False,
-) -> Program:
+    core: str = "auto",
+) -> Program | NativeProgram:
     """Return the program of an MLP's shape; asked for again, the same one, compiled already.
 
     Parameters
@@ -449,18 +465,45 @@ def program_for(
         Capacity: what one device call can record. Any number of epochs can be trained.
     batch_size, loss, select, optimizer, validate_every, shuffle, drop_last
         As for `Program`.
+    core
+        "auto": the native core on a CPU where it can be had and knows the loss, else XLA.
+        "xla": XLA. The environment's ``DESISKY_TUNE_CORE=xla`` makes "auto" mean that, too.
     """
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "loss": loss,
+        "select": select,
+        "validate_every": validate_every,
+        "shuffle": shuffle,
+        "drop_last": drop_last,
+    }
+    check_settings(**settings)
+    native = native_core(loss, optimizer) if core == "auto" else None
+    if native is not None:
+        from desisky_tune.training.native.program import NativeProgram
+
+        return NativeProgram(
+            native, in_size=in_size, out_size=out_size, width=width, depth=depth, **settings
+        )
     skeleton = eqx.filter_eval_shape(
         eqx.nn.MLP, in_size, out_size, width, depth, key=jax.random.PRNGKey(0)
     )
-    return Program(
-        skeleton,
-        batch_size=batch_size,
-        loss=loss,
-        select=select,
-        optimizer=optimizer,
-        validate_every=validate_every,
-        shuffle=shuffle,
-        drop_last=drop_last,
-        capacity=epochs,
-    )
+    return Program(skeleton, optimizer=optimizer, capacity=epochs, **settings)
+
+
+def check_settings(
+    *, batch_size: int, loss: Any, select: str, validate_every: int, **rest: Any
+) -> None:
+    """Check what any program is made with.
+
+    Raises
+    ------
+    InputError
+        When a number is below 1, or a name is unknown.
+    """
+    for name, value in (("batch_size", batch_size), ("validate_every", validate_every)):
+        if value < 1:
+            raise InputError(f"Program: {name} is {value}; it must be at least 1")
+    if select not in SELECTIONS:
+        raise InputError(f"Program: select is {select!r}; it must be one of {SELECTIONS}")
+    named_loss(loss)

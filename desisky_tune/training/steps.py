@@ -63,7 +63,7 @@ class AdamState(NamedTuple):
 
     first: Any
     second: Any
-    steps: jax.Array
+    steps: Any
 
 
 def adam_rates(count: jax.Array, learning_rate: Any) -> tuple[jax.Array, jax.Array]:

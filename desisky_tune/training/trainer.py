@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import numpy as np
@@ -33,6 +33,9 @@ from desisky_tune.training.program import (
     training_arrays,
 )
 from desisky_tune.training.scaling import Scaling, fold, is_raw_space, mark_raw_space, unfold
+
+if TYPE_CHECKING:
+    from desisky_tune.training.native.program import NativeProgram
 
 #: A training is advanced in pieces of about this long, between which Ctrl-C is heard.
 CHUNK_SECONDS = 0.5
@@ -147,7 +150,9 @@ class BroadbandTrainer:
 
     # ------------------------------------------------------------------ before
 
-    def _begin(self, train_loader: Any, test_loader: Any) -> tuple[Program, Training]:
+    def _begin(
+        self, train_loader: Any, test_loader: Any
+    ) -> tuple[Program | NativeProgram, Training]:
         self._features = feature_names(train_loader)
         self._check_features(feature_names(test_loader))
         config = self.config
@@ -167,7 +172,7 @@ class BroadbandTrainer:
         refuse_one_shot(test_loader, "test loader")
         if config.standardize:
             self._fit(*rows_of(lambda: epoch_batches(train_loader, config.seed, 0)))
-        program = self._program(loader_order(train_loader) or Order(32, False, False))
+        program = self._general_program(loader_order(train_loader) or Order(32, False, False))
         state = program.init(config.seed, self._initial_model())
         return program, BatchTraining(
             program,
@@ -208,16 +213,8 @@ class BroadbandTrainer:
         raw = is_raw_space(self.model) if self.raw_space is None else self.raw_space
         return unfolded if raw else self.model
 
-    def _program(self, order: Order) -> Program:
-        config = self.config
-        settings: dict[str, Any] = {
-            "batch_size": order.batch_size,
-            "loss": config.loss,
-            "select": "loss",
-            "validate_every": config.validate_every,
-            "shuffle": order.shuffle,
-            "drop_last": order.drop_last,
-        }
+    def _program(self, order: Order) -> Program | NativeProgram:
+        """Return the fastest program for gathered rows."""
         model = self.model
         if self._custom_optimizer is None and LeanStepper.fits(model):
             return program_for(
@@ -225,13 +222,28 @@ class BroadbandTrainer:
                 out_size=model.out_size,
                 width=model.width_size,
                 depth=model.depth,
-                **settings,
+                **self._settings(order),
             )
-        return Program(model, optimizer=self._custom_optimizer, **settings)
+        return self._general_program(order)
+
+    def _general_program(self, order: Order) -> Program:
+        """Return a program that can also be taken batch by batch."""
+        return Program(self.model, optimizer=self._custom_optimizer, **self._settings(order))
+
+    def _settings(self, order: Order) -> dict[str, Any]:
+        config = self.config
+        return {
+            "batch_size": order.batch_size,
+            "loss": config.loss,
+            "select": "loss",
+            "validate_every": config.validate_every,
+            "shuffle": order.shuffle,
+            "drop_last": order.drop_last,
+        }
 
     # ------------------------------------------------------------------ during
 
-    def _run(self, program: Program, training: Training) -> None:
+    def _run(self, program: Program | NativeProgram, training: Training) -> None:
         epochs = self.config.epochs
         chunk = 1
         while len(self.history.train_losses) < epochs:
@@ -283,7 +295,7 @@ class BroadbandTrainer:
 
     # ------------------------------------------------------------------ after
 
-    def _finish(self, program: Program, training: Training) -> None:
+    def _finish(self, program: Program | NativeProgram, training: Training) -> None:
         if self.history.best_epoch >= 0:
             self._save(program, training)
             self.model = self._magnitude_model(program.best_model(training.state))
@@ -299,7 +311,7 @@ class BroadbandTrainer:
             model, features=self._features, scaling=self._scaling, training=training
         )
 
-    def _save(self, program: Program, training: Training) -> None:
+    def _save(self, program: Program | NativeProgram, training: Training) -> None:
         best = self.history.best_epoch
         if not self.config.save_best or best in (-1, self._saved_epoch):
             return

@@ -1,0 +1,11 @@
+"""The training core in C: one MLP on one core of a CPU, several times as fast as XLA's.
+
+``training.c`` trains, `library` compiles it for this machine, `weights` knows its layout and
+draws initial weights, `program` has the face of `desisky_tune.training.program.Program`.
+"""
+
+from __future__ import annotations
+
+from desisky_tune.training.native.library import library, missing_because
+
+__all__ = ["library", "missing_because"]

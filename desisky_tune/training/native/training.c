@@ -1,0 +1,621 @@
+/* Training of a ReLU MLP under Adam on one core: nothing but loops over vectors.
+
+   Everything that a step touches lies in panels of PANEL = 16 floats, so that a vector load is
+   always of consecutive numbers and a panel streams through the first-level cache:
+
+   - weights of a layer of K inputs and J units:  [K / 16][J][16], inputs innermost;
+   - units (and signals) of a batch:              [batch / 16][J][16], exposures innermost;
+   - the units once more, for the gradients:      [J / 16][batch][16], units innermost
+     (one row more or so in the middle: `weight_pitch`).
+
+   With that the three products of a layer are sums of (number) x (vector of 16) over operands as
+   they lie: forward  unit[j] += W[k][j] unit[k];  backward  signal[k] += W[k][j] signal[j];
+   gradient  G[.][j] += signal[j] units[.].  A tile of TALL rows by one panel stays in registers
+   over the whole sum, and what follows the sum (bias and ReLU; the mask; Adam) is done to the
+   tile before it is written: no gradient ever goes to memory.
+
+   Each element is summed in one order, whatever the length of a vector. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define PANEL 16
+#if defined(__AVX512F__)
+#define LANES 16
+#define TALL 12
+#elif defined(__AVX__)
+#define LANES 8
+#define TALL 6
+#elif defined(__aarch64__)
+#define LANES 4
+#define TALL 6
+#else
+#define LANES 4
+#define TALL 2
+#endif
+#define PARTS (PANEL / LANES)
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+INLINE vec load(const float *at) {
+    vec v;
+    memcpy(&v, at, sizeof v);
+    return v;
+}
+
+INLINE void store(float *at, vec v) { memcpy(at, &v, sizeof v); }
+
+INLINE vec spread(float x) { return x - (vec){0}; }
+
+INLINE vec root_of(vec x) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX__)
+    return (vec)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE__)
+    return (vec)_mm_sqrt_ps((__m128)x);
+#elif defined(__aarch64__)
+    return (vec)vsqrtq_f32((float32x4_t)x);
+#else
+    vec y;
+    for (int i = 0; i < LANES; i++) y[i] = sqrtf(x[i]);
+    return y;
+#endif
+}
+
+static int64_t round_up(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
+/* Rows from one panel to the next, of weights and of units: an odd number, so that panels do not
+   fall on the same lines of the cache (8 % at width 128). */
+static int64_t weight_pitch(int64_t rows) { return rows | 1; }
+static int64_t unit_pitch(int64_t rows) { return round_up(rows) + 1; }
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* ---------------------------------------------------------------- Adam */
+
+#define BETA1 0.9f
+#define BETA2 0.999f
+#define EPSILON 1e-8f
+
+typedef struct {
+    float size, unbias; /* rate / (1 - beta1^t), 1 / (1 - beta2^t) */
+} Rates;
+
+/* Adam as optax has it, the bias corrections as two numbers. */
+INLINE void adam(float *w, float *m, float *v, vec g, Rates by) {
+    vec first = BETA1 * load(m) + (1 - BETA1) * g;
+    vec second = BETA2 * load(v) + (1 - BETA2) * (g * g);
+    store(m, first);
+    store(v, second);
+    store(w, load(w) - by.size * first / (root_of(second * by.unbias) + EPSILON));
+}
+
+/* ---------------------------------------------------------------- tiles */
+
+/* sum[r] += numbers[r] x vectors over `count` terms; the numbers of a row lie in blocks of 16,
+   the blocks `block` floats apart, the rows 16 apart. */
+INLINE void sum_blocks(vec sum[TALL][PARTS], const int tall, const float *numbers, int64_t block,
+                       int64_t count, const float *vectors) {
+    for (int64_t start = 0; start < count; start += PANEL, numbers += block) {
+        const int64_t terms = smaller(PANEL, count - start);
+        UNROLL for (int r = 0; r < tall; r++) __builtin_prefetch(numbers + block + r * PANEL);
+        for (int64_t k = 0; k < terms; k++, vectors += PANEL) {
+            vec b[PARTS];
+            UNROLL for (int p = 0; p < PARTS; p++) b[p] = load(vectors + p * LANES);
+            UNROLL for (int r = 0; r < tall; r++) {
+                const vec a = spread(numbers[r * PANEL + k]);
+                UNROLL for (int p = 0; p < PARTS; p++) sum[r][p] += a * b[p];
+            }
+        }
+    }
+}
+
+/* The same where the numbers of row r begin at rows[r] and are 16 floats apart. */
+INLINE void sum_strided(vec sum[TALL][PARTS], const int tall, const float *const *rows,
+                        int64_t count, const float *vectors) {
+    for (int64_t j = 0; j < count; j++, vectors += PANEL) {
+        vec b[PARTS];
+        UNROLL for (int p = 0; p < PARTS; p++) b[p] = load(vectors + p * LANES);
+        UNROLL for (int r = 0; r < tall; r++) {
+            const vec a = spread(rows[r][j * PANEL]);
+            UNROLL for (int p = 0; p < PARTS; p++) sum[r][p] += a * b[p];
+        }
+    }
+}
+
+/* Call TILE(tall, from) for rows 0..n-1 in tiles of nearly equal height, at most TALL. */
+#define CASE(TILE, height) \
+    case height:           \
+        TILE(height);      \
+        break;
+#if TALL == 12
+#define HIGHER(TILE) \
+    CASE(TILE, 7) CASE(TILE, 8) CASE(TILE, 9) CASE(TILE, 10) CASE(TILE, 11) CASE(TILE, 12)
+#else
+#define HIGHER(TILE)
+#endif
+#if TALL >= 6
+#define MIDDLE(TILE) CASE(TILE, 3) CASE(TILE, 4) CASE(TILE, 5) CASE(TILE, 6)
+#else
+#define MIDDLE(TILE)
+#endif
+#define BY_TILES(n, TILE)                                                   \
+    for (int64_t from = 0, left = (n), tiles = ((n) + TALL - 1) / TALL; left > 0; tiles--) { \
+        const int64_t height = (left + tiles - 1) / tiles;                  \
+        switch (height) { CASE(TILE, 1) CASE(TILE, 2) MIDDLE(TILE) HIGHER(TILE) } \
+        from += height;                                                     \
+        left -= height;                                                     \
+    }
+
+/* ---------------------------------------------------------------- a layer */
+
+typedef struct {
+    int64_t inputs, units;           /* K, J */
+    float *weight, *weight1, *weight2; /* and moments: [K / 16][J][16] */
+    float *bias, *bias1, *bias2;       /* [J], padded to 16 */
+} Layer;
+
+/* out = W in + bias (max 0 where `relu`), for one panel of the batch. */
+static void forward(const Layer *layer, const float *in, float *out, int relu) {
+    const int64_t block = weight_pitch(layer->units) * PANEL;
+#define TILE(tall)                                                                       \
+    {                                                                                    \
+        vec sum[TALL][PARTS];                                                            \
+        UNROLL for (int r = 0; r < tall; r++)                                            \
+            UNROLL for (int p = 0; p < PARTS; p++) sum[r][p] = spread(layer->bias[from + r]); \
+        sum_blocks(sum, tall, layer->weight + from * PANEL, block, layer->inputs, in);   \
+        UNROLL for (int r = 0; r < tall; r++) UNROLL for (int p = 0; p < PARTS; p++) {   \
+            vec value = sum[r][p];                                                       \
+            if (relu) value = (vec)((ivec)value & ~(value < 0));                         \
+            store(out + (from + r) * PANEL + p * LANES, value);                          \
+        }                                                                                \
+    }
+    BY_TILES(layer->units, TILE)
+#undef TILE
+}
+
+/* out = W^T in, zero where `units` is, for one panel of the batch. */
+static void backward(const Layer *layer, const float *in, const float *units, float *out) {
+    const int64_t block = weight_pitch(layer->units) * PANEL;
+#define TILE(tall)                                                                        \
+    {                                                                                     \
+        vec sum[TALL][PARTS];                                                             \
+        const float *rows[TALL];                                                          \
+        UNROLL for (int r = 0; r < tall; r++) {                                           \
+            rows[r] = layer->weight + (from + r) / PANEL * block + (from + r) % PANEL;    \
+            UNROLL for (int p = 0; p < PARTS; p++) sum[r][p] = spread(0);                 \
+        }                                                                                 \
+        sum_strided(sum, tall, rows, layer->units, in);                                   \
+        UNROLL for (int r = 0; r < tall; r++) UNROLL for (int p = 0; p < PARTS; p++) {    \
+            const int64_t at = (from + r) * PANEL + p * LANES;                            \
+            store(out + at, (vec)((ivec)sum[r][p] & (load(units + at) > 0)));             \
+        }                                                                                 \
+    }
+    BY_TILES(layer->inputs, TILE)
+#undef TILE
+}
+
+/* Update the weights: gradient [K / 16][J][16] = sum over the batch of signal x units. */
+static void update(Layer *layer, const float *signal, int64_t stride, const float *units,
+                   int64_t rows, int64_t padded, Rates by) {
+    for (int64_t panel = 0; panel * PANEL < layer->inputs; panel++) {
+        const float *column = units + panel * padded * PANEL;
+        const int64_t corner = panel * weight_pitch(layer->units) * PANEL;
+#define TILE(tall)                                                                       \
+    {                                                                                    \
+        vec sum[TALL][PARTS];                                                            \
+        UNROLL for (int r = 0; r < tall; r++)                                            \
+            UNROLL for (int p = 0; p < PARTS; p++) sum[r][p] = spread(0);                \
+        const int64_t first = corner + from * PANEL;                                     \
+        UNROLL for (int r = 0; r < tall; r++) {                                          \
+            __builtin_prefetch(layer->weight1 + first + r * PANEL, 1);                   \
+            __builtin_prefetch(layer->weight2 + first + r * PANEL, 1);                   \
+            __builtin_prefetch(layer->weight + first + r * PANEL, 1);                    \
+        }                                                                                \
+        sum_blocks(sum, tall, signal + from * PANEL, stride, rows, column);              \
+        UNROLL for (int r = 0; r < tall; r++) UNROLL for (int p = 0; p < PARTS; p++) {   \
+            const int64_t at = first + r * PANEL + p * LANES;                            \
+            adam(layer->weight + at, layer->weight1 + at, layer->weight2 + at, sum[r][p], by); \
+        }                                                                                \
+    }
+        BY_TILES(layer->units, TILE)
+#undef TILE
+    }
+}
+
+/* Transpose a block of 16 x 16. */
+INLINE void transpose_block(const float *in, float *out) {
+#if defined(__AVX__)
+    for (int half = 0; half < 2; half++)
+        for (int side = 0; side < 2; side++) {
+            __m256 r[8], t[8];
+            UNROLL for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(in + (half * 8 + i) * PANEL + side * 8);
+            UNROLL for (int i = 0; i < 8; i += 2) {
+                t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+                t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+            }
+            UNROLL for (int i = 0; i < 8; i += 4) {
+                r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+                r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xEE);
+                r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+                r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+            }
+            UNROLL for (int i = 0; i < 4; i++) {
+                t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+                t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+            }
+            UNROLL for (int i = 0; i < 8; i++) _mm256_storeu_ps(out + (side * 8 + i) * PANEL + half * 8, t[i]);
+        }
+#else
+    for (int i = 0; i < PANEL; i++)
+        for (int j = 0; j < PANEL; j++) out[j * PANEL + i] = in[i * PANEL + j];
+#endif
+}
+
+/* Update the biases: their gradient is the sum of the signal over the batch. */
+static void update_bias(Layer *layer, const float *signal, int64_t stride, int64_t panels, Rates by) {
+    float summed[PANEL * PANEL], turned[PANEL * PANEL];
+    for (int64_t from = 0; from < layer->units; from += PANEL) {
+        const float *rows = signal + from * PANEL;
+        const int64_t size = smaller(PANEL, layer->units - from) * PANEL;
+        memset(summed, 0, sizeof summed);
+        for (int64_t panel = 0; panel < panels; panel++)
+            for (int64_t at = 0; at < size; at += LANES)
+                store(summed + at, load(summed + at) + load(rows + panel * stride + at));
+        transpose_block(summed, turned);
+        for (int p = 0; p < PANEL; p += LANES) {
+            vec gradient = load(turned + p);
+            for (int i = 1; i < PANEL; i++) gradient += load(turned + i * PANEL + p);
+            adam(layer->bias + from + p, layer->bias1 + from + p, layer->bias2 + from + p, gradient, by);
+        }
+    }
+}
+
+/* ---------------------------------------------------------------- the order of an epoch */
+
+static void threefry(uint32_t k0, uint32_t k1, uint32_t *x0, uint32_t *x1) {
+    static const int turns[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
+    const uint32_t key[3] = {k0, k1, k0 ^ k1 ^ 0x1BD11BDAu};
+    uint32_t a = *x0 + key[0], b = *x1 + key[1];
+    for (int round = 0; round < 5; round++) {
+        for (int i = 0; i < 4; i++) {
+            const int turn = turns[round % 2][i];
+            a += b;
+            b = (b << turn | b >> (32 - turn)) ^ a;
+        }
+        a += key[(round + 1) % 3];
+        b += key[(round + 2) % 3] + (uint32_t)round + 1;
+    }
+    *x0 = a;
+    *x1 = b;
+}
+
+/* `desisky_tune.training.shuffle.epoch_order`: sort the rows by random bits of (seed, epoch).
+   `work` holds 3 x rows words and the counts. */
+void epoch_order(uint32_t seed, uint32_t epoch, int64_t rows, int32_t *order, uint32_t *work) {
+    uint32_t k0 = 0, k1 = epoch;
+    threefry(0, seed, &k0, &k1);
+    uint32_t *bits = work, *keys = work + rows;
+    int32_t *from = (int32_t *)(work + 2 * rows);
+    uint32_t shift = 0;
+    if (rows <= 1 << 16)
+        while (larger(rows - 1, 1) >> shift) shift++;
+    for (int64_t i = 0; i < rows; i++) {
+        uint32_t a = (uint32_t)((uint64_t)i >> 32), b = (uint32_t)i;
+        threefry(k0, k1, &a, &b);
+        bits[i] = (a ^ b) >> shift << shift;
+        order[i] = (int32_t)i;
+    }
+    for (int pass = 0; pass < 4; pass++) {
+        uint32_t counts[257] = {0};
+        for (int64_t i = 0; i < rows; i++) counts[(bits[i] >> 8 * pass & 255) + 1]++;
+        for (int i = 0; i < 256; i++) counts[i + 1] += counts[i];
+        for (int64_t i = 0; i < rows; i++) {
+            const uint32_t to = counts[bits[i] >> 8 * pass & 255]++;
+            keys[to] = bits[i];
+            from[to] = order[i];
+        }
+        memcpy(bits, keys, (size_t)rows * sizeof *bits);
+        memcpy(order, from, (size_t)rows * sizeof *order);
+    }
+}
+
+/* ---------------------------------------------------------------- a training */
+
+enum { L2 = 0, HUBER = 1 };
+enum { BY_RMSE = 0, BY_LOSS = 1 };
+
+/* As `Training` in program.py has it. */
+typedef struct {
+    int64_t inputs, outputs, width, depth;
+    int64_t batch, rows, validation_rows;
+    int64_t loss, select, validate_every, shuffle, drop_last;
+    int64_t epoch, epochs, seed;
+    double rate, delta;
+    const float *x, *y, *validation_x, *validation_y; /* row-major */
+    const float *target_mean, *target_sd;
+    float *weights, *first, *second, *best; /* as `lay_out` has them; updated */
+    float *table;                           /* (epochs, 4 + outputs) */
+    int64_t steps;                          /* of Adam; updated */
+    double best_value;                      /* updated */
+    int64_t best_epoch;                     /* updated */
+    int64_t failed;                         /* updated */
+} Training;
+
+typedef struct {
+    Layer *layers;
+    float **units, **columns; /* by layer: its inputs in panels, and once more for the gradient */
+    float *signal[2], *output;
+    int64_t panels; /* of the batch, at most */
+} Scratch;
+
+static int64_t layer_inputs(const Training *t, int64_t layer) {
+    return layer == 0 ? t->inputs : t->width;
+}
+
+static int64_t layer_units(const Training *t, int64_t layer) {
+    return layer == t->depth ? t->outputs : t->width;
+}
+
+/* Floats that the weights of a training take: by layer, weights and biases in whole panels. */
+int64_t parameter_count(int64_t inputs, int64_t outputs, int64_t width, int64_t depth) {
+    const Training t = {.inputs = inputs, .outputs = outputs, .width = width, .depth = depth};
+    int64_t count = 0;
+    for (int64_t layer = 0; layer <= depth; layer++)
+        count += round_up(layer_inputs(&t, layer)) * weight_pitch(layer_units(&t, layer)) +
+                 round_up(layer_units(&t, layer));
+    return count;
+}
+
+static void lay_out(const Training *t, Scratch *s, float *weights, float *first, float *second) {
+    int64_t at = 0;
+    for (int64_t layer = 0; layer <= t->depth; layer++) {
+        Layer *l = s->layers + layer;
+        l->inputs = layer_inputs(t, layer);
+        l->units = layer_units(t, layer);
+        const int64_t size = round_up(l->inputs) * weight_pitch(l->units);
+        l->weight = weights + at, l->weight1 = first + at, l->weight2 = second + at;
+        at += size;
+        l->bias = weights + at, l->bias1 = first + at, l->bias2 = second + at;
+        at += round_up(l->units);
+    }
+}
+
+/* Put rows into panels: `units` with exposures innermost, and `columns` with inputs innermost. */
+static void take_rows(const float *x, int64_t inputs, const int32_t *order, int64_t count,
+                      float *units, float *columns, int64_t padded) {
+    const int64_t high = unit_pitch(inputs);
+    for (int64_t i = 0; i < count; i++) {
+        const float *row = x + (order ? order[i] : i) * inputs;
+        float *unit = units + i / PANEL * high * PANEL + i % PANEL;
+        for (int64_t k = 0; k < inputs; k++) {
+            unit[k * PANEL] = row[k];
+            if (columns) columns[k / PANEL * padded * PANEL + i * PANEL + k % PANEL] = row[k];
+        }
+    }
+}
+
+/* Run the layers on what stands in units[0]; with `keep`, lay the units out for the gradient. */
+static void run_forward(const Training *t, Scratch *s, int64_t panels, int keep) {
+    for (int64_t layer = 0; layer <= t->depth; layer++) {
+        const Layer *l = s->layers + layer;
+        const int64_t in = unit_pitch(l->inputs) * PANEL, out = unit_pitch(l->units) * PANEL;
+        float *to = layer == t->depth ? s->output : s->units[layer + 1];
+        for (int64_t panel = 0; panel < panels; panel++)
+            forward(l, s->units[layer] + panel * in, to + panel * out, layer < t->depth);
+        if (!keep || layer == t->depth) continue;
+        const int64_t padded = s->panels * PANEL + 1;
+        for (int64_t panel = 0; panel < panels; panel++)
+            for (int64_t j = 0; j < l->units; j += PANEL)
+                transpose_block(to + panel * out + j * PANEL,
+                                s->columns[layer + 1] + (j * padded + panel * PANEL * PANEL));
+    }
+}
+
+/* Return the loss of a batch; the signal at the output goes to signal[0]. */
+static double residuals(const Training *t, Scratch *s, const int32_t *order, int64_t start,
+                        int64_t count, int64_t panels) {
+    const int64_t high = unit_pitch(t->outputs);
+    const float share = 1.0f / (float)(count * t->outputs), delta = (float)t->delta;
+    double total = 0;
+    memset(s->signal[0], 0, (size_t)(panels * high * PANEL) * sizeof(float));
+    for (int64_t i = 0; i < count; i++) {
+        const float *y = t->y + (order ? order[start + i] : start + i) * t->outputs;
+        for (int64_t o = 0; o < t->outputs; o++) {
+            const int64_t at = i / PANEL * high * PANEL + o * PANEL + i % PANEL;
+            const float r = s->output[at] * t->target_sd[o] + t->target_mean[o] - y[o];
+            const float size = fabsf(r);
+            float slope;
+            if (t->loss == L2) {
+                total += (double)(r * r);
+                slope = 2 * r;
+            } else {
+                /* Not fminf: a residual that is no number must stay one. */
+                const float cut = size > delta ? delta : size;
+                total += (double)(cut * (size - 0.5f * cut));
+                slope = r > delta ? delta : r < -delta ? -delta : r;
+            }
+            s->signal[0][at] = slope * share * t->target_sd[o];
+        }
+    }
+    return total / (double)(count * t->outputs);
+}
+
+/* One step on `count` rows; return their mean loss. */
+static double take_step(Training *t, Scratch *s, const int32_t *order, int64_t start, int64_t count) {
+    const int64_t panels = round_up(count) / PANEL, padded = s->panels * PANEL + 1;
+    const int32_t *rows = order ? order + start : NULL;
+    take_rows(order ? t->x : t->x + start * t->inputs, t->inputs, rows, count, s->units[0],
+              s->columns[0], padded);
+    run_forward(t, s, panels, 1);
+    const double loss = residuals(t, s, order, start, count, panels);
+    t->steps++;
+    const double step = (double)t->steps;
+    const Rates by = {(float)(t->rate / (1 - pow(BETA1, step))), (float)(1 / (1 - pow(BETA2, step)))};
+    float *signal = s->signal[0], *next = s->signal[1];
+    for (int64_t layer = t->depth; layer >= 0; layer--) {
+        Layer *l = s->layers + layer;
+        const int64_t in = unit_pitch(l->inputs) * PANEL, out = unit_pitch(l->units) * PANEL;
+        if (layer > 0)
+            for (int64_t panel = 0; panel < panels; panel++)
+                backward(l, signal + panel * out, s->units[layer] + panel * in, next + panel * in);
+        update(l, signal, out, s->columns[layer], count, padded, by);
+        update_bias(l, signal, out, panels, by);
+        float *swap = signal;
+        signal = next, next = swap;
+    }
+    return loss;
+}
+
+/* Measure all validation rows: loss, objective, RMSE of each output. */
+static void validate(const Training *t, Scratch *s, float *measured) {
+    const int64_t high = unit_pitch(t->outputs), chunk = s->panels * PANEL;
+    const float delta = (float)t->delta;
+    double loss = 0, squares[t->outputs];
+    memset(squares, 0, sizeof squares);
+    for (int64_t start = 0; start < t->validation_rows; start += chunk) {
+        const int64_t count = smaller(chunk, t->validation_rows - start);
+        take_rows(t->validation_x + start * t->inputs, t->inputs, NULL, count, s->units[0], NULL, 0);
+        run_forward(t, s, round_up(count) / PANEL, 0);
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t o = 0; o < t->outputs; o++) {
+                const int64_t at = i / PANEL * high * PANEL + o * PANEL + i % PANEL;
+                const float predicted = s->output[at] * t->target_sd[o] + t->target_mean[o];
+                const float r = predicted - t->validation_y[(start + i) * t->outputs + o];
+                const float size = fabsf(r), cut = size > delta ? delta : size;
+                loss += (double)(t->loss == L2 ? r * r : cut * (size - 0.5f * cut));
+                squares[o] += (double)r * (double)r;
+            }
+    }
+    double mean = 0;
+    for (int64_t o = 0; o < t->outputs; o++) {
+        const double rmse = sqrt(squares[o] / (double)t->validation_rows);
+        measured[2 + o] = (float)rmse;
+        mean += rmse / (double)t->outputs;
+    }
+    measured[0] = (float)(loss / (double)(t->validation_rows * t->outputs));
+    measured[1] = (float)mean;
+}
+
+/* One epoch: a step on each batch, validation, the best weights; `row` is its line. */
+static void take_epoch(Training *t, Scratch *s, int32_t *order, uint32_t *work, int64_t weights,
+                       float *row) {
+    if (t->shuffle) epoch_order((uint32_t)t->seed, (uint32_t)t->epoch, t->rows, order, work);
+    double total = 0;
+    int64_t used = 0;
+    for (int64_t start = 0; start < t->rows; start += t->batch) {
+        const int64_t count = smaller(t->batch, t->rows - start);
+        if (count < t->batch && t->drop_last) break;
+        total += (double)count * take_step(t, s, t->shuffle ? order : NULL, start, count);
+        used += count;
+    }
+    row[0] = (float)(total / (double)used);
+    const int due = t->epoch % t->validate_every == 0;
+    float *measured = row + 1;
+    if (due)
+        validate(t, s, measured);
+    else
+        for (int64_t i = 0; i < 2 + t->outputs; i++) measured[i] = NAN;
+    row[3 + t->outputs] = (float)due;
+    t->failed = !isfinite(row[0]) || (due && !(isfinite(measured[0]) && isfinite(measured[1])));
+    const float value = measured[t->select == BY_LOSS ? 0 : 1];
+    if (due && !t->failed && value < t->best_value) {
+        t->best_value = value;
+        t->best_epoch = t->epoch;
+        memcpy(t->best, t->weights, (size_t)weights * sizeof(float));
+    }
+    t->epoch++;
+}
+
+/* A piece of one large allocation. */
+static float *piece(float **free_from, int64_t count) {
+    float *at = *free_from;
+    *free_from += round_up(count);
+    return at;
+}
+
+static int64_t flush_small_numbers(void) {
+#if defined(__SSE__)
+    const unsigned before = _mm_getcsr();
+    _mm_setcsr(before | 0x8040); /* to zero, and from zero: moments of idle units decay so far */
+    return before;
+#elif defined(__aarch64__)
+    uint64_t before;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+    __asm__ volatile("msr fpcr, %0" : : "r"(before | 1u << 24));
+    return (int64_t)before;
+#else
+    return 0;
+#endif
+}
+
+static void restore_small_numbers(int64_t before) {
+#if defined(__SSE__)
+    _mm_setcsr((unsigned)before);
+#elif defined(__aarch64__)
+    __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)before));
+#else
+    (void)before;
+#endif
+}
+
+/* Train until `epochs` more are done or a value is not finite. Return the epochs done, or -1
+   where there is no memory. */
+int64_t train(Training *t) {
+    const int64_t layers = t->depth + 1, lanes = round_up(larger(t->batch < t->rows ? t->batch : t->rows, 8 * PANEL));
+    const int64_t weights = parameter_count(t->inputs, t->outputs, t->width, t->depth);
+    const int64_t high = unit_pitch(larger(t->width, larger(t->inputs, t->outputs)));
+    int64_t floats = 4 * round_up(weights) + 3 * high * lanes + 4 * round_up(t->rows);
+    for (int64_t layer = 0; layer < layers; layer++) floats += 2 * unit_pitch(layer_inputs(t, layer)) * (lanes + 16);
+    float *memory = NULL;
+    Layer *shapes = calloc((size_t)layers, sizeof *shapes);
+    float **places = calloc((size_t)(2 * layers), sizeof *places);
+    if (!shapes || !places || posix_memalign((void **)&memory, 64, (size_t)floats * sizeof(float))) {
+        free(shapes), free(places);
+        return -1;
+    }
+    memset(memory, 0, (size_t)floats * sizeof(float));
+    float *next = memory;
+    /* Panels begin at multiples of 64 bytes here, as the caller's arrays need not. */
+    float *given[4] = {t->weights, t->first, t->second, t->best}, *own[4];
+    for (int i = 0; i < 4; i++) {
+        own[i] = piece(&next, weights);
+        memcpy(own[i], given[i], (size_t)weights * sizeof(float));
+    }
+    Scratch s = {shapes, places, places + layers, {piece(&next, high * lanes), piece(&next, high * lanes)},
+                 piece(&next, high * lanes), lanes / PANEL};
+    for (int64_t layer = 0; layer < layers; layer++) {
+        s.units[layer] = piece(&next, unit_pitch(layer_inputs(t, layer)) * lanes);
+        s.columns[layer] = piece(&next, round_up(layer_inputs(t, layer)) * (lanes + 1));
+    }
+    lay_out(t, &s, own[0], own[1], own[2]);
+    uint32_t *work = (uint32_t *)piece(&next, 3 * t->rows);
+    int32_t *order = (int32_t *)piece(&next, t->rows);
+    t->weights = own[0], t->best = own[3];
+    const int64_t before = flush_small_numbers();
+    int64_t done = 0;
+    while (done < t->epochs && !t->failed) {
+        take_epoch(t, &s, order, work, weights, t->table + done * (4 + t->outputs));
+        done++;
+    }
+    restore_small_numbers(before);
+    t->weights = given[0], t->best = given[3];
+    for (int i = 0; i < 4; i++) memcpy(given[i], own[i], (size_t)weights * sizeof(float));
+    free(memory), free(shapes), free(places);
+    return done;
+}
