@@ -80,7 +80,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=10, help="draws of the outer folds")
     parser.add_argument("--outer", type=int, default=5, help="outer folds")
     parser.add_argument("--trials", type=int, default=24, help="of the random search")
-    parser.add_argument("--epochs", type=int, default=400)
+    parser.add_argument("--epochs", type=int, default=300)
     parser.add_argument("--finalists", type=int, default=5)
     parser.add_argument("--folds", type=int, default=5, help="of the finalists")
     parser.add_argument("--seeds", type=int, default=2, help="of the finalists")

@@ -18,7 +18,7 @@ from desisky_tune.data.columns import BANDS, FEATURES, TARGETS
 from desisky_tune.data.features import FeatureTable, load_features
 from desisky_tune.data.splits import make_split
 from desisky_tune.errors import InputError
-from desisky_tune.inference import Predictor
+from desisky_tune.inference import PREDICTIONS, Predictor, predict_frame
 from desisky_tune.io import load_model, read_header
 from desisky_tune.search.backend import Assignment
 from desisky_tune.search.export import export_trial
@@ -174,6 +174,36 @@ def test_boards_of_the_command(result: SearchResult, capsys: pytest.CaptureFixtu
     assert board[0]["objective"] == result.evaluation["finalists"][0]["objective"]
 
 
+def test_the_ensemble_is_the_mean_of_its_checkpoints(
+    result: SearchResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "ensemble"
+    assert main(["export", str(result.run_dir), str(folder), "--ensemble"]) == 0
+    index = json.loads((folder / "ensemble.json").read_text())
+    assert len(index["members"]) == 3 * 3 * 2
+    frame = pd.read_parquet(result.run_dir / "features.parquet").set_index("EXPID")
+    rows = frame.loc[search_of(result)["split"]["test"]]
+    inputs = rows[list(FEATURES)].to_numpy(np.float32)
+    single = []
+    for name in index["members"]:
+        model, _ = load_model("broadband", path=folder / name)
+        single.append([np.asarray(model(row), float) for row in inputs])
+    mean = np.mean(single, axis=0)
+    predicted = predict_frame(folder, rows)
+    np.testing.assert_allclose(predicted[list(PREDICTIONS)], mean, atol=2e-5)
+    rmse = np.sqrt(np.mean((mean - rows[list(TARGETS)].to_numpy()) ** 2, axis=0))
+    figures = result.evaluation["figures"]["ensemble"]["test"]
+    np.testing.assert_allclose([figures[band] for band in BANDS], rmse, atol=2e-5)
+    assert (predicted[[f"SKY_MAG_{band}_PRED_SIGMA" for band in "VGRZ"]] > 0).all(axis=None)
+    assert set(result.evaluation["ensemble"]["coverage_90"]) == set(BANDS)
+    # It was fitted to the training and validation rows, and says so.
+    capsys.readouterr()
+    arguments = ["evaluate", str(folder), "--split-from", str(result.run_dir), "--rows", "test"]
+    assert main([*arguments, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["figures"]["checkpoint"]["mean"] == pytest.approx(figures["mean"], abs=1e-6)
+
+
 def test_a_finalist_and_a_trial_are_exported(result: SearchResult, tmp_path: Path) -> None:
     winner = export_trial(result.run_dir, tmp_path / "winner.eqx")
     assert (
@@ -204,7 +234,8 @@ def test_a_stage_that_was_cut_off_resumes(result: SearchResult, tmp_path: Path) 
     (copy / "finalists.jsonl").write_bytes(first + b'{"number": 6, "sta')
     for name in ("evaluation.json", "out_of_fold.parquet"):
         (copy / name).unlink()
-    shutil.rmtree(copy / "best")
+    for name in ("best", "ensemble"):
+        shutil.rmtree(copy / name)
     done = json.loads(first)["number"]
     for path in (copy / "trials").glob("0000*-*.eqx"):
         if not path.name.startswith(f"{done:05d}-fold"):

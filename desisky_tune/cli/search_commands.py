@@ -27,6 +27,7 @@ TOP = 10
 MODEL_NAMES = {
     "winner": "winner",
     "default": "documented default",
+    "ensemble": "ensemble",
     "classical": "classical model",
     "constant": "constant",
     "trees": "boosted trees",
@@ -188,16 +189,33 @@ def report(
 def export(
     run: Run,
     out: Annotated[
-        Path, typer.Argument(metavar="OUT.eqx", help="Checkpoint to write.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="OUT",
+            help="Checkpoint (.eqx) to write, or ensemble's folder.",
+            show_default=False,
+        ),
     ],
     trial: Annotated[
         int | None,
         typer.Option("--trial", metavar="ID", help="Number of a trial. Default: the winner."),
     ] = None,
+    ensemble: Annotated[
+        bool,
+        typer.Option("--ensemble", help="The best finalists' members, as a folder of checkpoints."),
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Write a trial's best weights as a checkpoint that desisky loads."""
     from desisky_tune.search.export import export_trial
+
+    if ensemble:
+        from desisky_tune.search.ensemble import export_ensemble
+
+        if trial is not None:
+            raise InputError("--ensemble and --trial exclude each other")
+        show(str(export_ensemble(run, out)))
+        return
 
     show(str(export_trial(run, out, trial=trial)))
 

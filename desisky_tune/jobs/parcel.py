@@ -34,6 +34,7 @@ RESULTS: tuple[str, ...] = (
     "curves.parquet",
     "evaluation.json",
     "best/*.eqx",
+    "ensemble/*",
     "report/*",
 )
 

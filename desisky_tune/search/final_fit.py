@@ -117,7 +117,7 @@ def write_final_fit(run: SearchRun, fit: FinalFit, path: Path) -> Path:
         **{
             **header,
             "search": {**header["search"], **fit.origin, "final_fit": True},
-            "split": _fitted_split(run, header["split"]),
+            "split": fitted_split(run, header["split"]),
             "seed": fit.seed,
         },
     )
@@ -173,7 +173,7 @@ def train_through(
     return program.last_model(state), curve
 
 
-def _fitted_split(run: SearchRun, split: Mapping[str, Any]) -> dict[str, Any]:
+def fitted_split(run: SearchRun, split: Mapping[str, Any]) -> dict[str, Any]:
     """Say in the header which exposures were fitted: there are no validation rows left."""
     if "train" not in split:
         return {**split, "fitted": ["train", "validation"]}

@@ -13,6 +13,7 @@
       trials.parquet  curves.parquet  evaluation.json
       out_of_fold.parquet  predictions of the finalists' folds, where there are finalists
       best/<name>.eqx    the winner
+      ensemble/          the best finalists' members and their index
       tune/              what Ray Tune writes
 """
 
@@ -113,6 +114,11 @@ class RunFolder:
     def out_of_fold(self) -> Path:
         """Predictions of the winner and the baselines on the finalists' folds."""
         return self.path / "out_of_fold.parquet"
+
+    @property
+    def ensemble(self) -> Path:
+        """The folder of the ensemble."""
+        return self.path / "ensemble"
 
     @property
     def best(self) -> Path:

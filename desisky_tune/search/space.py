@@ -188,6 +188,8 @@ class EvaluationSpec(_Section):
         the trial with the lowest objective.
     finalist_folds, finalist_seeds
         Folds, and seeds on each of them.
+    ensemble
+        The members of the best so many finalists make an ensemble; 0: none is made.
 
     A search whose trials have several members ends with finalists in any case: its best
     configuration and the documented default, on the same folds.
@@ -198,6 +200,7 @@ class EvaluationSpec(_Section):
     finalists: Annotated[Whole, Field(ge=0, le=1000)] = 0
     finalist_folds: Annotated[Whole, Field(ge=2, le=100)] = 5
     finalist_seeds: Annotated[Whole, Field(ge=1, le=100)] = 3
+    ensemble: Annotated[Whole, Field(ge=0, le=1000)] = 3
 
     @field_validator("finalists")
     @classmethod

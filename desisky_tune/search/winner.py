@@ -15,6 +15,7 @@ An evaluation is a JSON object::
 
 with every figure an RMSE in magnitudes, and every interval one of 95 % over resampled
 nights. A MODEL is ``winner``, ``default`` (the documented default, trained alike),
+``ensemble`` (the best finalists' members, with ``coverage_90`` under ``ensemble``),
 ``classical``, ``constant``, and ``trees`` where scikit-learn is installed.
 
 ``validated_on`` says what ``validation`` means. ``split``: the validation rows, by models
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,7 +37,14 @@ import numpy as np
 from desisky_tune.errors import SearchError
 from desisky_tune.inference import Predictor
 from desisky_tune.inference.bootstrap import Floats
+from desisky_tune.inference.ensemble import INDEX, EnsemblePredictor
 from desisky_tune.search.baselines import Predict, fit_baselines
+from desisky_tune.search.ensemble import (
+    best_numbers,
+    describe_ensemble,
+    ensemble_out_of_fold,
+    write_ensemble,
+)
 from desisky_tune.search.export import export_trial
 from desisky_tune.search.figures import (
     difference,
@@ -47,6 +56,7 @@ from desisky_tune.search.final_fit import fit_of, fitted_rows, write_final_fit
 from desisky_tune.search.finalists import (
     Final,
     Finalist,
+    OutOfFold,
     baselines_out_of_fold,
     write_out_of_fold,
 )
@@ -124,18 +134,23 @@ def crown_finalist(run: SearchRun, final: Final) -> dict[str, Any]:
     files = {name: final_path(run.folder.trials, each.number) for name, each in networks.items()}
     files["winner"] = run.folder.best
     models = {name: Predictor.load(path).predict for name, path in files.items()}
+    by_fold = {name: final.errors[each.number] for name, each in networks.items()}
+    ensemble = _write_ensemble(run, final)
+    if ensemble is not None:
+        models["ensemble"] = EnsemblePredictor.load(run.folder.ensemble).predict
+        by_fold["ensemble"] = ensemble
     models |= fit_baselines(run, fitted_rows(run))
     record = final.records[winner.number]
-    by_fold = {name: final.errors[each.number] for name, each in networks.items()}
     errors: Errors = {name: each.squared for name, each in by_fold.items()}
     _check(run, figures_of(errors["winner"])["mean"], record)
     by_fold |= baselines_out_of_fold(run)
-    errors |= {name: by_fold[name].squared[0] for name in by_fold if name not in errors}
+    errors |= {name: each.squared for name, each in by_fold.items()}
     write_out_of_fold(run, by_fold)
     validated = {
         "validated_on": "folds",
         "finalists": final.as_dicts(),
         **_fit_figures(run, record, models),
+        **_ensemble_figures(run, ensemble),
     }
     rows = final.errors[winner.number].rows
     return _conclude(run, number, models, errors, rows, validated)
@@ -215,6 +230,24 @@ def _write_fit(run: SearchRun, final: Final, finalist: Finalist) -> None:
     if not path.exists():
         origin = {"trial": finalist.trial, "finalist": finalist.number}
         write_final_fit(run, fit_of(final.records[finalist.number], origin), path)
+
+
+def _write_ensemble(run: SearchRun, final: Final) -> OutOfFold | None:
+    """Write the ensemble; return what its members make of rows that they did not see."""
+    count = run.spec.evaluation.ensemble if run.spec.evaluation.finalists else 0
+    if not count:
+        return None
+    if not run.folder.ensemble.exists():
+        write_ensemble(run, final, count, run.folder.ensemble)
+    unseen = ensemble_out_of_fold(final, best_numbers(final, count))
+    return replace(unseen, predictions=unseen.predictions.mean(axis=0, keepdims=True))
+
+
+def _ensemble_figures(run: SearchRun, ensemble: OutOfFold | None) -> dict[str, Any]:
+    if ensemble is None:
+        return {}
+    index = json.loads((run.folder.ensemble / INDEX).read_text())
+    return {"ensemble": describe_ensemble(index)}
 
 
 def _fit_figures(
