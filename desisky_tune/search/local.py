@@ -22,8 +22,15 @@ from desisky_tune.data.columns import BANDS
 from desisky_tune.search.arrays import Fold, SearchArrays
 from desisky_tune.search.backend import CURVE_SERIES, Assignment, Member, Progress
 from desisky_tune.search.figures import Meter
-from desisky_tune.search.pooling import MemberCurve, pooled_progress
-from desisky_tune.search.trial_files import TrialFiles, checkpoint_path, state_path, sweep
+from desisky_tune.search.pooling import MemberCurve, member_progress, pool, pooled_progress
+from desisky_tune.search.trial_files import (
+    TrialFiles,
+    checkpoint_path,
+    final_path,
+    member_path,
+    state_path,
+    sweep,
+)
 
 if TYPE_CHECKING:
     from desisky_tune.search.space import TrainingSpec
@@ -36,6 +43,8 @@ __all__ = [
     "LocalBackend",
     "SearchArrays",
     "checkpoint_path",
+    "final_path",
+    "member_path",
     "process_environment",
     "state_path",
     "sweep",
@@ -54,7 +63,11 @@ class _FoldRows:
 
 @dataclass(frozen=True)
 class _Training:
-    """One member under way: the state of its program, and what it has measured."""
+    """One member under way: the state of its program, and what it has measured.
+
+    `before` is the state (and its epochs) from which the last advance began: what is asked
+    for of an earlier epoch is trained again from there.
+    """
 
     program: Any
     state: Any
@@ -63,6 +76,7 @@ class _Training:
     curve: dict[str, list[float]]
     objectives: list[float]
     failed: bool = False
+    before: tuple[int, Any] | None = None
 
 
 class _Trial:
@@ -141,7 +155,11 @@ class LocalBackend:
                 running.trainings[member] = training
                 if training.failed:
                     break
-            return self._progress(trial, running.trainings)
+            progress = self._progress(trial, running.trainings)
+            complete = progress.epochs >= self._training.epochs and not progress.failed
+            if trial.keep_members and complete:
+                self._keep_members(trial, running.trainings)
+            return progress
 
     def release(self, trial: Assignment) -> None:
         """Keep the best weights of a trial, and forget it here.
@@ -171,20 +189,46 @@ class LocalBackend:
             )
             self._files.write_weights(trial, write)
 
+    def _keep_members(self, trial: Assignment, running: Mapping[Member, _Training]) -> None:
+        """Write the weights of every member at the best epoch of its seed's pooled curve."""
+        best_epochs = pool(self._curves(running)).best_epochs
+        for member, training in running.items():
+            epoch = best_epochs[member.seed]
+            write = functools.partial(
+                write_checkpoint,
+                model=self._model_at(trial, member, training, epoch),
+                progress=member_progress(
+                    training.curve, training.objectives, training.seconds, epoch
+                ),
+                trial=trial,
+                training=self._training,
+                features=self._features,
+                scaling=self._fold(member.fold).scaling,
+                header=member_header(self._header, member),
+            )
+            self._files.write_member(trial, member, write)
+
+    def _model_at(self, trial: Assignment, member: Member, training: _Training, epoch: int) -> Any:
+        """Return a member's weights after `epoch`, trained again where they were not its best."""
+        if epoch == int(np.argmin(training.objectives)):
+            return training.program.best_model(training.state)
+        done, state = training.before or (0, None)
+        if state is None or done > epoch:
+            done, state = 0, training.program.init(member.seed)
+        arrays = self._fold(member.fold).arrays
+        state, _ = training.program.advance(
+            state, arrays, _hyperparameters(trial), epoch + 1 - done
+        )
+        return training.program.last_model(state)
+
     def _train(
         self, trial: Assignment, member: Member, training: _Training, epochs: int
     ) -> _Training:
-        from desisky_tune.training.program import Hyperparameters
-
         began = time.perf_counter()
-        hyperparameters = Hyperparameters(
-            learning_rate=float(trial.configuration["learning_rate"]),
-            huber_delta=float(trial.configuration["huber_delta"]),
-        )
         arrays = self._fold(member.fold).arrays
         with self.meter.spending("training"):
             state, curve = training.program.advance(
-                training.state, arrays, hyperparameters, epochs - training.epochs
+                training.state, arrays, _hyperparameters(trial), epochs - training.epochs
             )
         series = dict(
             zip(
@@ -195,6 +239,7 @@ class LocalBackend:
         )
         training = replace(
             training,
+            before=(training.epochs, training.state) if trial.keep_members else None,
             state=state,
             epochs=training.epochs + len(curve.train_loss),
             seconds=training.seconds + time.perf_counter() - began,
@@ -211,12 +256,7 @@ class LocalBackend:
 
     def _progress(self, trial: Assignment, running: Mapping[Member, _Training]) -> Progress:
         """Say where a trial stands: at the best epoch so far of its members together."""
-        curves = [
-            MemberCurve(
-                member, self._fold(member.fold).validation, training.curve, training.objectives
-            )
-            for member, training in running.items()
-        ]
+        curves = self._curves(running)
         seconds = sum(training.seconds for training in running.values())
         for member, training in running.items():
             if training.failed or not training.epochs:
@@ -227,6 +267,14 @@ class LocalBackend:
                 )
                 return pooled_progress(curves, seconds, reason)
         return pooled_progress(curves, seconds)
+
+    def _curves(self, running: Mapping[Member, _Training]) -> list[MemberCurve]:
+        return [
+            MemberCurve(
+                member, self._fold(member.fold).validation, training.curve, training.objectives
+            )
+            for member, training in running.items()
+        ]
 
     def _open(self, trial: Assignment, member: Member) -> _Training:
         """Begin a member, or take it up from the state that it left.
@@ -302,12 +350,20 @@ class LocalBackend:
         shapes = tuple(part.shape for part in arrays)
         with self._lock:
             compiled = self._compiled.setdefault(program, {}).setdefault(shapes, _Compiled())
-        if compiled.done:
-            return
-        with self.meter.spending("compiling"), compiled.lock:
+        with compiled.lock:
             if not compiled.done:
-                prepare(arrays)
+                with self.meter.spending("compiling"):
+                    prepare(arrays)
                 compiled.done = True
+
+
+def _hyperparameters(trial: Assignment) -> Any:
+    from desisky_tune.training.program import Hyperparameters
+
+    return Hyperparameters(
+        learning_rate=float(trial.configuration["learning_rate"]),
+        huber_delta=float(trial.configuration["huber_delta"]),
+    )
 
 
 def write_checkpoint(
@@ -347,6 +403,12 @@ def write_checkpoint(
         **{**header, "search": {**header.get("search", {}), "trial": trial.number}},
     )
     save(path, folded, meta)
+
+
+def member_header(header: Mapping[str, Any], member: Member) -> dict[str, Any]:
+    """Return what the checkpoint of one training of a trial says of its origin."""
+    origin = {**header.get("search", {}), "fold": member.fold}
+    return {**header, "search": origin, "seed": member.seed}
 
 
 def process_environment(*, gpu: bool) -> dict[str, str]:

@@ -20,8 +20,8 @@ import numpy as np
 from desisky_tune.data.columns import BANDS
 from desisky_tune.search.arrays import SearchArrays
 from desisky_tune.search.backend import CURVE_SERIES, Assignment, Member, Progress
-from desisky_tune.search.local import write_checkpoint
-from desisky_tune.search.pooling import MemberCurve, pooled_progress
+from desisky_tune.search.local import member_header, write_checkpoint
+from desisky_tune.search.pooling import MemberCurve, member_progress, pool, pooled_progress
 from desisky_tune.search.slot_banks import Outcome, SlotBanks, Work
 from desisky_tune.search.trial_files import TrialFiles
 
@@ -131,7 +131,11 @@ class SlotBackend:
                 for member in trial.trainings:
                     running.trainings[member] = self._open(trial, member, shape)
             self._train(trial, running.trainings, shape, epochs)
-            return self._progress(trial, running.trainings)
+            progress = self._progress(trial, running.trainings)
+            complete = progress.epochs >= self._training.epochs and not progress.failed
+            if trial.keep_members and complete:
+                self._keep_members(trial, running.trainings, shape)
+            return progress
 
     def release(self, trial: Assignment) -> None:
         """Keep the best weights of a trial, and forget it here.
@@ -139,8 +143,6 @@ class SlotBackend:
         Its states stay on disk, as `LocalBackend.release` says; a trial of several members has
         no weights of its own: none are kept.
         """
-        from desisky_tune.training.slot_state import model_of
-
         with self._lock:
             running = self._trials.pop(trial.number, None)
         if running is None:
@@ -153,12 +155,7 @@ class SlotBackend:
             ((member, training),) = running.trainings.items()
             write = functools.partial(
                 write_checkpoint,
-                model=model_of(
-                    training.state.best_parameters,
-                    len(self._features),
-                    len(BANDS),
-                    int(trial.configuration["width"]),
-                ),
+                model=self._model(trial, training.state.best_parameters),
                 progress=self._progress(trial, running.trainings),
                 trial=trial,
                 training=self._training,
@@ -167,6 +164,52 @@ class SlotBackend:
                 header=self._header,
             )
             self._files.write_weights(trial, write)
+
+    def _keep_members(
+        self, trial: Assignment, trainings: Mapping[Member, _Training], shape: SlotShape
+    ) -> None:
+        """Write the weights of every member at the best epoch of its seed's pooled curve."""
+        best_epochs = pool(self._curves(trainings)).best_epochs
+        again = [
+            member
+            for member, training in trainings.items()
+            if best_epochs[member.seed] != int(np.argmin(training.objectives))
+        ]
+        # What was not a member's own best is not kept while it trains: those train once more.
+        works = [
+            _work(
+                trial,
+                member,
+                self._fresh(trial, member, shape),
+                shape,
+                best_epochs[member.seed] + 1,
+                "again",
+            )
+            for member in again
+        ]
+        outcomes = self._banks.train(works) if works else {}
+        for key in outcomes:
+            self._banks.leave(key)
+        for member, training in trainings.items():
+            if member in again:
+                words = outcomes[trial.number, member, "again"].words
+                parameters = _state_of(trial, shape, words).parameters
+            else:
+                parameters = training.state.best_parameters
+            epoch = best_epochs[member.seed]
+            write = functools.partial(
+                write_checkpoint,
+                model=self._model(trial, parameters),
+                progress=member_progress(
+                    training.curve, training.objectives, training.seconds, epoch
+                ),
+                trial=trial,
+                training=self._training,
+                features=self._features,
+                scaling=self._folds[member.fold].scaling,
+                header=member_header(self._header, member),
+            )
+            self._files.write_member(trial, member, write)
 
     def figures(self) -> dict[str, int]:
         """Return what the device does: see `SlotBanks.figures`."""
@@ -184,15 +227,7 @@ class SlotBackend:
         epochs: int,
     ) -> None:
         works = [
-            Work(
-                key=(trial.number, member),
-                shape=shape,
-                state=training.state,
-                learning_rate=float(trial.configuration["learning_rate"]),
-                huber_delta=float(trial.configuration["huber_delta"]),
-                fold=member.fold,
-                target=epochs,
-            )
+            _work(trial, member, training.state, shape, epochs)
             for member, training in trainings.items()
             if training.epochs < epochs and not training.failed
         ]
@@ -209,8 +244,6 @@ class SlotBackend:
         self, trial: Assignment, training: _Training, outcome: Outcome, shape: SlotShape
     ) -> _Training:
         """Add an outcome to what a member has measured."""
-        from desisky_tune.training.slots import slot_program
-
         curves = outcome.curves
         table = np.concatenate(
             [
@@ -219,10 +252,9 @@ class SlotBackend:
             ]
         )
         *series, objectives = table.T
-        width = int(trial.configuration["width"])
         return replace(
             training,
-            state=slot_program(shape).state_of(outcome.words, width),
+            state=_state_of(trial, shape, outcome.words),
             epochs=training.epochs + len(table),
             seconds=training.seconds + outcome.seconds,
             curve={
@@ -235,15 +267,7 @@ class SlotBackend:
 
     def _progress(self, trial: Assignment, trainings: Mapping[Member, _Training]) -> Progress:
         """Say where a trial stands: at the best epoch so far of its members together."""
-        curves = [
-            MemberCurve(
-                member,
-                len(self._folds[member.fold].validation),
-                training.curve,
-                training.objectives,
-            )
-            for member, training in trainings.items()
-        ]
+        curves = self._curves(trainings)
         seconds = sum(training.seconds for training in trainings.values())
         for member, training in trainings.items():
             if training.failed or not training.epochs:
@@ -255,17 +279,39 @@ class SlotBackend:
                 return pooled_progress(curves, seconds, reason)
         return pooled_progress(curves, seconds)
 
+    def _curves(self, trainings: Mapping[Member, _Training]) -> list[MemberCurve]:
+        return [
+            MemberCurve(
+                member,
+                len(self._folds[member.fold].validation),
+                training.curve,
+                training.objectives,
+            )
+            for member, training in trainings.items()
+        ]
+
+    def _fresh(self, trial: Assignment, member: Member, shape: SlotShape) -> Any:
+        """Return the state in which a training begins."""
+        from desisky_tune.training.slot_state import fresh_state
+
+        width = int(trial.configuration["width"])
+        return fresh_state(len(self._features), len(BANDS), width, shape.depth, member.seed)
+
+    def _model(self, trial: Assignment, parameters: Any) -> Any:
+        from desisky_tune.training.slot_state import model_of
+
+        width = int(trial.configuration["width"])
+        return model_of(parameters, len(self._features), len(BANDS), width)
+
     def _open(self, trial: Assignment, member: Member, shape: SlotShape) -> _Training:
         """Begin a member, or take it up from the state that it left.
 
         A state that cannot be read, or is another configuration's or shape's, is begun anew:
         what comes of a trial is the same either way.
         """
-        from desisky_tune.training.slot_state import fresh_state
         from desisky_tune.training.state_file import read_state
 
-        sizes = len(self._features), len(BANDS), int(trial.configuration["width"]), shape.depth
-        fresh = fresh_state(*sizes, member.seed)
+        fresh = self._fresh(trial, member, shape)
         left = self._files.read_state(trial, member, lambda path: read_state(path, fresh))
         if left is not None and left[1].get("trial") == self._key(trial, member, shape):
             return _Training(left[0], **left[1]["progress"])
@@ -295,3 +341,24 @@ class SlotBackend:
             "scaling": self._folds[member.fold].scaling.as_dict(),
             "shape": asdict(shape),
         }
+
+
+def _work(
+    trial: Assignment, member: Member, state: Any, shape: SlotShape, epochs: int, *mark: str
+) -> Work:
+    """Return what is to be done to take a training to `epochs` epochs in all."""
+    return Work(
+        key=(trial.number, member, *mark),
+        shape=shape,
+        state=state,
+        learning_rate=float(trial.configuration["learning_rate"]),
+        huber_delta=float(trial.configuration["huber_delta"]),
+        fold=member.fold,
+        target=epochs,
+    )
+
+
+def _state_of(trial: Assignment, shape: SlotShape, words: Any) -> Any:
+    from desisky_tune.training.slots import slot_program
+
+    return slot_program(shape).state_of(words, int(trial.configuration["width"]))

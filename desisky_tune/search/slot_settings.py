@@ -33,7 +33,7 @@ class _Settled(NamedTuple):
     memory: int
 
 
-def expected_trainings(spec: SearchSpec, at_once: int) -> int:
+def expected_trainings(spec: SearchSpec, at_once: int, members: int) -> int:
     """Return how many trainings of one shape a search may have under way at a time.
 
     Parameters
@@ -43,13 +43,14 @@ def expected_trainings(spec: SearchSpec, at_once: int) -> int:
         sizes of its space.
     at_once
         Trials that are trained at a time.
+    members
+        Trainings of each.
 
     Returns
     -------
     int
         At least the members of one trial, which have one shape.
     """
-    members = spec.evaluation.folds * spec.evaluation.seeds
     shapes = 1
     for name, key in (("depth", int), ("width", padded_width), ("batch_size", int)):
         shapes *= len({key(int(value)) for value in _values(spec.space[name])})

@@ -47,6 +47,12 @@ class TrialFiles:
         """Keep the best weights of a trial."""
         self._put(checkpoint_path(self._folder, trial.number), write)
 
+    def write_member(
+        self, trial: Assignment, member: Member, write: Callable[[Path], None]
+    ) -> None:
+        """Keep the weights of one training of a trial."""
+        self._put(member_path(self._folder, trial.number, member), write)
+
     def read_state(
         self, trial: Assignment, member: Member, read: Callable[[Path], Left]
     ) -> Left | None:
@@ -85,6 +91,16 @@ def state_path(folder: Path, number: int, member: Member | None = None) -> Path:
 def checkpoint_path(folder: Path, number: int) -> Path:
     """Where the best weights of a trial lie."""
     return folder / f"{number:05d}.eqx"
+
+
+def member_path(folder: Path, number: int, member: Member) -> Path:
+    """Where the weights of one member of a trial lie, where they are kept."""
+    return folder / f"{number:05d}-fold{member.fold}-seed{member.seed}.eqx"
+
+
+def final_path(folder: Path, number: int) -> Path:
+    """Where the weights of a trial's configuration lie that were fitted to all its folds' rows."""
+    return folder / f"{number:05d}-final.eqx"
 
 
 def sweep(folder: Path, records: Collection[TrialRecord]) -> None:
