@@ -139,6 +139,13 @@ def plot_slice(records: Sequence[TrialRecord], name: str, space: Space) -> Figur
             axes.set_xticks(range(len(places)), [f"{place:g}" for place in places])
         elif space[name].get("log"):
             axes.set_xscale("log")
+            low, high = min(space[name]["low"], *values), max(space[name]["high"], *values)
+            axes.set_xlim(low / (high / low) ** 0.04, high * (high / low) ** 0.04)
+            axes.xaxis.set_major_locator(
+                LogLocator(subs=(1.0,) if high > 50 * low else (1.0, 2.0, 5.0))
+            )
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            _plain_log(axes.xaxis)
         else:
             axes.xaxis.set_major_locator(MaxNLocator(integer=name in ("width", "depth")))
         _trials(axes, records, values)
