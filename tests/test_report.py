@@ -321,6 +321,22 @@ def test_the_command_prints_the_page(
     assert "small" in written.read_text(encoding="utf-8")
 
 
+def only_figures(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    from desisky_tune.visualization import report
+
+    all_of_them = report._figures
+
+    def chosen(*given: Any) -> Any:
+        return (figure for figure in all_of_them(*given) if figure[1] in names)
+
+    monkeypatch.setattr(report, "_figures", chosen)
+
+
+def test_a_figure_that_does_not_exist_is_said(run: LoadedRun) -> None:
+    with pytest.raises(RunError, match=r"figure .histoire.: the report of .* has comparison, hist"):
+        run.figures(["histoire"])
+
+
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     from desisky_tune.visualization import report
 
@@ -366,7 +382,7 @@ def test_the_documented_page_runs(
     copy = tmp_path / "runs" / "quick"
     shutil.copytree(run_dir, copy, ignore=shutil.ignore_patterns("report"))
     (copy / "best" / "small.eqx").rename(copy / "best" / "quick.eqx")
-    without_figures(monkeypatch)
+    only_figures(monkeypatch, "history", "comparison")
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "report.md").read_text()
     names: dict[str, Any] = {}
@@ -374,6 +390,8 @@ def test_the_documented_page_runs(
         exec(block, names)
     assert names["page"] == copy / "report" / "index.html"
     assert names["page"].is_file()
+    assert list(names["figures"]) == ["comparison", "history"]
+    assert names["figures"]["history"].axes[0].get_xlabel() == "Trial"
     assert "huber_delta" in capsys.readouterr().out
 
 
@@ -437,12 +455,20 @@ def test_rows_are_those_of_the_split(run: LoadedRun) -> None:
         run.rows("test")
 
 
-def test_every_column_of_the_tables_is_documented() -> None:
+def test_every_column_of_the_tables_is_documented_with_its_type() -> None:
     text = (ROOT / "docs" / "report.md").read_text()
     trials, curves = text.split("### trials.parquet")[1].split("### curves.parquet")
     for section, schema in ((trials, TRIALS_SCHEMA), (curves, CURVES_SCHEMA)):
-        names = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
-        assert re.findall(r"`(\w+)`", " ".join(names)) == schema.names
+        lines = [line.split("|") for line in section.splitlines() if line.startswith("| `")]
+        documented = [
+            (name, kind.strip())
+            for _, names, kind, *_ in lines
+            for name in re.findall(r"`(\w+)`", names)
+        ]
+        arrow = {"float64": "double"}
+        assert [(name, arrow.get(kind, kind)) for name, kind in documented] == [
+            (field.name, str(field.type)) for field in schema
+        ]
 
 
 # --- what the figures are made of -----------------------------------------------------------------

@@ -71,11 +71,9 @@ def write_report(run: LoadedRun, out: str | Path | None = None) -> Path:
     StorageError
         When a file cannot be written.
     """
-    if run.winner is None or run.evaluation is None or run.checkpoint is None:
-        raise RunError(
-            f"{run.path}: the search has no winner yet; "
-            f"finish it with 'desisky-tune resume {run.path}'"
-        )
+    _require_winner(run)
+    assert run.evaluation is not None
+    assert run.checkpoint is not None
     folder = Path(out) if out is not None else run.path / "report"
     data, map_, classical_map = _predictions(run)
     intervals = of_nights.model_intervals(run, data)
@@ -113,6 +111,48 @@ def write_report(run: LoadedRun, out: str | Path | None = None) -> Path:
     with atomic_open(folder / PAGE, "w", encoding="utf-8") as stream:
         stream.write(page)
     return folder / PAGE
+
+
+def draw_figures(run: LoadedRun, names: Sequence[str] | None = None) -> dict[str, Figure]:
+    """Draw the figures of a run's report.
+
+    Parameters
+    ----------
+    run
+        The run, from `desisky_tune.load_run`.
+    names
+        Which ones, as their files are called; all by default.
+
+    Returns
+    -------
+    dict
+        `matplotlib.figure.Figure` by name, in the page's order.
+
+    Raises
+    ------
+    RunError
+        When the search has no winner yet, or a name is none of a figure.
+    """
+    _require_winner(run)
+    data, map_, classical_map = _predictions(run)
+    drawings = {
+        name: draw
+        for _, name, _, draw in _figures(
+            run, data, (map_, classical_map), of_nights.model_intervals(run, data)
+        )
+    }
+    for name in names or ():
+        if name not in drawings:
+            raise RunError(f"figure {name!r}: the report of {run.path} has {', '.join(drawings)}")
+    return {name: draw() for name, draw in drawings.items() if names is None or name in names}
+
+
+def _require_winner(run: LoadedRun) -> None:
+    if run.winner is None or run.evaluation is None or run.checkpoint is None:
+        raise RunError(
+            f"{run.path}: the search has no winner yet; "
+            f"finish it with 'desisky-tune resume {run.path}'"
+        )
 
 
 def _predictions(run: LoadedRun) -> tuple[Predictions, moon.MoonMap, moon.MoonMap]:
