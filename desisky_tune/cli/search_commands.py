@@ -89,6 +89,12 @@ def search(
             "--time-limit", metavar="TIME", help="Stop after this time: seconds, or 10m, 1h30m."
         ),
     ] = None,
+    warm_start: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--warm-start", metavar="RUN", help="Begin with the best of an earlier run. Repeatable."
+        ),
+    ] = None,
     address: Address = None,
     dashboard: Dashboard = False,
     tensorboard: TensorBoard = False,
@@ -114,6 +120,12 @@ def search(
     # JSON is YAML: a path or a time arrives as the text that was given.
     given = [f"{key}={json.dumps(value)}" for key, value in short.items() if value is not None]
     spec = load_spec(space, [*(overrides or []), *given])
+    if warm_start:
+        from desisky_tune.search.warm_start import earlier_configurations
+
+        first = earlier_configurations(spec, warm_start)
+        given.append(f"search.warm_start={json.dumps(first)}")
+        spec = load_spec(space, [*(overrides or []), *given])
 
     tools = chosen_tools(tensorboard=tensorboard, mlflow=mlflow, wandb=wandb)
     from desisky_tune.search.run import run_search

@@ -17,6 +17,7 @@ from desisky_tune.search.events import (
     DataReady,
     Event,
     EventSink,
+    Note,
     SearchFinished,
 )
 from desisky_tune.search.folder import RunFolder
@@ -30,7 +31,7 @@ from desisky_tune.search.records import (
     remaining_trials,
     write_tables,
 )
-from desisky_tune.search.space import SearchSpec, load_spec
+from desisky_tune.search.space import SearchSpec, default_configuration, load_spec
 from desisky_tune.search.winner import crown
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def run_search(
         spec = load_spec(spec)
     emit = on_event or _ignore
     started = time.time()
+    _require_feasible(spec)
     # A table needs no Ray, so that its faults are told before one is started.
     table = None if needs_ray(spec.data.source) else _features(spec)
     with ray_session(address=address, dashboard=dashboard) as ray:
@@ -170,6 +172,9 @@ def _search(run: SearchRun, ray: Any, emit: EventSink, *, local: bool) -> None:
             provenance=dict(run.table.provenance),
         )
     )
+    if run.spec.search.default_first and not run.spec.default_runs:
+        broken = run.spec.broken_constraint(default_configuration())
+        emit(Note(f"the documented default is not run: it breaks {broken}"))
     from desisky_tune.search.session import run_trials  # imports Ray, which has begun
 
     run_trials(run, ray, emit, local=local)
@@ -232,6 +237,12 @@ def _features(spec: SearchSpec, address: str | None = None) -> FeatureTable:
                 f"of {spec.data.source}; every feature needs a value in every row"
             )
     return table
+
+
+def _require_feasible(spec: SearchSpec) -> None:
+    from desisky_tune.search.drafts import require_feasible  # the samplers need scipy
+
+    require_feasible(spec)
 
 
 def _ignore(event: Event) -> None:

@@ -130,5 +130,5 @@ def make_scheduler(spec: SearchSpec) -> Scheduler:
     """Return the scheduler of a search: ``asha`` or ``none``."""
     if spec.search.scheduler == "none":
         return FullScheduler()
-    spared = (0,) if spec.search.default_first else ()
+    spared = (0,) if spec.default_runs else ()
     return RungScheduler(rungs(spec), spec.search.reduction, spared)

@@ -73,6 +73,8 @@ def space(run: LoadedRun) -> list[tuple[str, str, Any]]:
         else:
             text = f"{entry['low']:g} to {entry['high']:g}"
             text += ", logarithmic" if entry.get("log") else ""
+        if isinstance(entry, Mapping) and "when" in entry:
+            text += f" when {entry['when']}, else {entry['otherwise']:g}"
         title = HYPERPARAMETERS.get(name, name)
         rows.append((title, text, run.winner.configuration[name]))
     return rows

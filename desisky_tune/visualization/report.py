@@ -212,6 +212,12 @@ def _figures(
             "quarter in orange.",
             lambda: of_search.plot_parallel_coordinates(records, space),
         )  # fmt: skip
+    if len({record.parameters for record in best}) > 1:
+        yield (
+            "search", "pareto",
+            "RMSE against the size of the model; on the front no other trial beats both.",
+            lambda: of_search.plot_pareto(records),
+        )  # fmt: skip
     found = importances(run.spec, records)
     if found:
         yield (
