@@ -19,7 +19,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
 from desisky_tune.errors import SpaceError
-from desisky_tune.search.samplers import make_sampler
+from desisky_tune.search.samplers import OWN_ATTEMPTS, make_sampler
 from desisky_tune.search.space import SearchSpec
 
 #: Drafts for one trial, until the constraints are taken for ones that nothing can keep.
@@ -61,6 +61,9 @@ def draw_within(
 ) -> dict[str, int | float]:
     """Return a configuration for trial `number` that keeps the constraints.
 
+    One that the search began with is not drawn again while there is another: a sampler with
+    the seed of an earlier run would repeat what that run began with.
+
     Parameters
     ----------
     spec
@@ -76,12 +79,13 @@ def draw_within(
         When `MOST_DRAFTS` drafts broke a constraint; it names the last one's.
     """
     broken: str | None = None
+    begun = spec.first_configurations()
     for attempt in range(MOST_DRAFTS):
         sampler = make_sampler(spec, number, attempt)
         draft = Draft(study, trial, sampler)
         configuration = spec.suggest(cast(optuna.Trial, draft))
         broken = spec.broken_constraint(configuration)
-        if broken is None:
+        if broken is None and (configuration not in begun or attempt >= OWN_ATTEMPTS):
             return configuration
     raise SpaceError(
         f"{spec.name}: {MOST_DRAFTS} suggestions in a row break {broken}; "

@@ -192,7 +192,7 @@ class StudySearch(OptunaSearch):
         if number < len(first):
             self._claim(number, first[number])
             return first[number]
-        if self.spec.constrained:
+        if self.spec.constrained or self.spec.search.warm_start:
             return self._within_constraints(number)
         self.study.sampler = make_sampler(self.spec, number)
         trial = self.study.ask()
@@ -201,7 +201,7 @@ class StudySearch(OptunaSearch):
         return self.spec.suggest(trial)
 
     def _within_constraints(self, number: int) -> dict[str, Any]:
-        """Draw configurations until one keeps the constraints; that one alone is written."""
+        """Draw configurations until one may be trained; that one alone is written."""
         self._begin(number)
         frozen = self._store.get_trial(self._trial_id(number))
         configuration = draw_within(self.spec, number, self.study, frozen)

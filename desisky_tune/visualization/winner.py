@@ -89,11 +89,13 @@ def plot_comparison(
         Model -> band -> ends (mag) on the validation rows, drawn as bars.
     """
     shown = [(name, title) for name, title in MODELS.items() if name in figures]
-    colours = (INK, BAND_COLOURS["g"], BAND_COLOURS["r"], GUIDE)
+    palette = (INK, BAND_COLOURS["g"], BAND_COLOURS["r"], GUIDE)
+    by_model = dict(zip(MODELS, palette, strict=True))
     offsets = np.linspace(-0.27, 0.27, len(shown))
     with panel(3.6) as figure:
         axes = figure.subplots()
-        for (name, title), colour, offset in zip(shown, colours, offsets, strict=False):
+        for (name, title), offset in zip(shown, offsets, strict=True):
+            colour = by_model[name]
             styles: tuple[tuple[str, dict[str, Any]], ...] = (
                 ("validation", {"color": colour, "label": title}),
                 ("test", {"color": "none", "markeredgecolor": colour}),
