@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 #: What a run is opened with; states and checkpoints are fetched when they are wanted.
-_OPENED_WITH = ("search.json", "features.parquet", "evaluation.json", "best/")
+_OPENED_WITH = ("search.json", "evaluation.json", "features.parquet", "trials.parquet",
+                "curves.parquet", "best/", "report/")  # fmt: skip
 
 
 @dataclass(frozen=True)
