@@ -74,9 +74,9 @@ def _core_table(options: argparse.Namespace) -> str:
         )
         rate = _operations(options.width, options.depth) / core["training"]
         lines.append(
-            f"| {core['name']} | {batch} | {1e3 * core['epoch']:.2f} | {1e3 * core['training']:.2f} |"
-            f" {core['cores']:.2f} | {rate / 1e9:.1f} | {product[0] / 1e9:.1f} ({product[1]}) |"
-            f" {100 * rate / product[0]:.0f} % |"
+            f"| {core['name']} | {batch} | {1e3 * core['epoch']:.2f} |"
+            f" {1e3 * core['training']:.2f} | {core['cores']:.2f} | {rate / 1e9:.1f} |"
+            f" {product[0] / 1e9:.1f} ({product[1]}) | {100 * rate / product[0]:.0f} % |"
         )
     return "\n".join(lines)
 

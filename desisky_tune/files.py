@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,6 +56,32 @@ def atomic_open(path: str | os.PathLike[str], mode: str = "wb", **kwargs: Any) -
     with atomic_path(path) as temporary, open(temporary, mode, **kwargs) as stream:
         yield stream
         stream.flush()
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; rename it into place on success.
+
+    Raises
+    ------
+    StorageError
+        When it cannot be written, or something stands at `path`.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if target.exists():
+            raise StorageError(f"cannot write {target}: it exists")
+        temporary.rename(target)
+        _fsync_folder(target.parent)
+    except OSError as error:
+        if isinstance(error, DesiskyTuneError):
+            raise
+        raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def append_line(path: str | os.PathLike[str], line: str) -> None:

@@ -415,6 +415,7 @@ TINY = (
     "search.scheduler=none",
     "resources.workers=1",
     "training.epochs=2",
+    "evaluation.finalists=0",
     "space={width: 8, depth: {low: 1, high: 2}, batch_size: 64}",
 )
 

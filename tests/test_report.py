@@ -48,7 +48,8 @@ ROOT = Path(__file__).parents[1]
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two trained trials and some made-up ones; a file name needs escaping."""
     runs = tmp_path_factory.mktemp("runs")
-    spec = load_spec("quick", [f"training.epochs={EPOCHS}", "search.grace=3", "search.trials=12"])
+    changed = (f"training.epochs={EPOCHS}", "search.grace=3", "search.trials=12")
+    spec = load_spec("quick", [*changed, "evaluation.finalists=0"])
     table = load_features("sv1")
     split = make_split(table.frame, "NIGHT", seed=0)
     folder = RunFolder.create(runs, "small", exact=True)

@@ -256,9 +256,9 @@ def evaluate(
 
 
 def _load(checkpoint: str) -> Predictor:
-    from desisky_tune.inference import Predictor
+    from desisky_tune.inference import load_predictor
 
-    return Predictor.load(None if checkpoint == PUBLISHED else checkpoint)
+    return load_predictor(None if checkpoint == PUBLISHED else checkpoint)
 
 
 def _run_data(run: Path) -> tuple[FeatureTable, Split]:

@@ -85,6 +85,10 @@ class Tally:
         """Take an event into account."""
         if isinstance(event, SearchStarted):
             self._started = self._clock()
+            if event.stage != "search":
+                # Figures over folds are not those of the search: what leads starts anew.
+                self.best = self.best_trial = None
+                self.running.clear()
             self._finished_before = self.done = event.finished
             self.total, self.epochs = event.trials, event.epochs
         elif isinstance(event, TrialReported):
@@ -172,6 +176,8 @@ class LiveProgress:
                     printable(line), markup=False, highlight=False, soft_wrap=True
                 )
         if isinstance(event, SearchStarted):
+            if self._task is not None:
+                self._bar.remove_task(self._task)
             self._task = self._bar.add_task("trials", total=event.trials, status="")
         if self._task is None:
             return
@@ -236,6 +242,11 @@ def removed_text(provenance: dict[str, Any]) -> str:
 
 def _started_lines(event: SearchStarted) -> list[str]:
     before = f", {event.finished} of them finished before" if event.finished else ""
+    if event.stage != "search":
+        return [
+            f"{event.stage}: {event.trials} configurations, each trained {event.trainings} times "
+            f"for {event.epochs} epochs{before}, {event.concurrency} at a time"
+        ]
     lines = [
         f"search {event.name}: {event.trials} trials of up to {event.epochs} epochs{before}, "
         f"{event.concurrency} at a time, in {event.run_dir}"

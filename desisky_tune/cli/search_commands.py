@@ -27,8 +27,10 @@ TOP = 10
 MODEL_NAMES = {
     "winner": "winner",
     "default": "documented default",
+    "ensemble": "ensemble",
     "classical": "classical model",
     "constant": "constant",
+    "trees": "boosted trees",
 }
 
 
@@ -66,11 +68,17 @@ def search(
         typer.Option("--seed", metavar="N", help="Of the sampler and of the training."),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", metavar="N", help="Trials at a time.")
+        int | None, typer.Option("--workers", metavar="N", help="Trials trained at a time.")
     ] = None,
     gpus: Annotated[
         float | None,
         typer.Option("--gpus", metavar="F", help="GPUs per trial; a fraction shares one."),
+    ] = None,
+    slots: Annotated[
+        int | None,
+        typer.Option(
+            "--slots", metavar="N", help="Trainings side by side on a GPU. Default: calibrated."
+        ),
     ] = None,
     time_limit: Annotated[
         str | None,
@@ -95,6 +103,7 @@ def search(
         "training.seed": seed,
         "resources.workers": workers,
         "resources.gpus_per_trial": gpus,
+        "resources.slots": slots,
         "search.time_limit": time_limit,
     }
     # JSON is YAML: a path or a time arrives as the text that was given.
@@ -130,24 +139,34 @@ def show_leaderboard(
     every: Annotated[
         bool, typer.Option("--all", help="Pruned and failed trials too, not only complete ones.")
     ] = False,
+    finalists: Annotated[
+        bool, typer.Option("--finalists", help="Only the finalists, ranked over folds.")
+    ] = False,
     as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Show the trials of a run, best first."""
-    from desisky_tune.search.leaderboard import leaderboard, to_csv, to_json
+    """Show the trials of a run, best first, and its finalists."""
+    from desisky_tune.search.leaderboard import finalists_board, leaderboard, to_csv, to_json
 
     if as_json and as_csv:
         raise InputError("--json and --csv exclude each other")
     v_derived = bool(RunFolder.open(run).read_search()["data"].get("v_derived"))
-    board = leaderboard(run)
-    shown = board if every else complete_only(board)
+    ranked = finalists_board(run)
+    if finalists and ranked is None:
+        raise InputError(f"{run}: no finalists were ranked (evaluation.finalists)")
+    board = leaderboard(run) if not finalists or ranked is None else ranked
+    shown = board if every or finalists else complete_only(board)
     if as_json:
         show(to_json(shown).rstrip("\n"))
     elif as_csv:
         show(to_csv(shown).rstrip("\n"))
+    elif finalists:
+        show(finalists_text(shown, v_derived=v_derived))
     else:
         show(board_text(shown, v_derived=v_derived))
+        if ranked is not None:
+            show("\n" + finalists_text(ranked, v_derived=v_derived))
     if len(shown) < len(board) and not (as_json or as_csv):
         say(f"not shown: {len(board) - len(shown)} pruned or failed (--all shows them too)")
 
@@ -181,16 +200,33 @@ def report(
 def export(
     run: Run,
     out: Annotated[
-        Path, typer.Argument(metavar="OUT.eqx", help="Checkpoint to write.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="OUT",
+            help="Checkpoint (.eqx) to write, or ensemble's folder.",
+            show_default=False,
+        ),
     ],
     trial: Annotated[
         int | None,
         typer.Option("--trial", metavar="ID", help="Number of a trial. Default: the winner."),
     ] = None,
+    ensemble: Annotated[
+        bool,
+        typer.Option("--ensemble", help="The best finalists' members, as a folder of checkpoints."),
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Write a trial's best weights as a checkpoint that desisky loads."""
     from desisky_tune.search.export import export_trial
+
+    if ensemble:
+        from desisky_tune.search.ensemble import export_ensemble
+
+        if trial is not None:
+            raise InputError("--ensemble and --trial exclude each other")
+        show(str(export_ensemble(run, out)))
+        return
 
     show(str(export_trial(run, out, trial=trial)))
 
@@ -199,10 +235,15 @@ def _show_result(result: SearchResult, as_json: bool) -> None:
     if as_json:
         show_json(result_json(result))
         return
+    from desisky_tune.search.leaderboard import finalists_board
+
     v_derived = bool(result.evaluation["v_derived"])
     best = complete_only(result.board).head(TOP)
     show(f"leaderboard of {result.place} (RMSE on the validation rows, mag)")
     show(board_text(best, v_derived=v_derived))
+    ranked = finalists_board(result.run_dir)
+    if ranked is not None:
+        show("\n" + finalists_text(ranked, v_derived=v_derived))
     configuration = configuration_text(result.winner.configuration)
     show(f"\nwinner: trial {result.winner.number} ({configuration})")
     show(figures_text(result.evaluation))
@@ -231,16 +272,37 @@ def board_text(board: pd.DataFrame, *, v_derived: bool) -> str:
     return table(headings, rows, left=0)
 
 
+def finalists_text(board: pd.DataFrame, *, v_derived: bool) -> str:
+    """Return the finalists as a table, the winner first."""
+    from desisky_tune.search.leaderboard import finalist_rows
+
+    headings, rows = finalist_rows(board)
+    if v_derived:
+        headings[headings.index("V")] = "V (derived)"
+    title = "finalists, over folds of the training and validation rows (RMSE, mag)"
+    return title + "\n" + table(headings, rows, left=0)
+
+
 def figures_text(evaluation: dict[str, Any]) -> str:
     """Return the RMSE of the winner and of what it is held against, per band, as a table."""
     v_name = "V (derived)" if evaluation["v_derived"] else "V"
-    headings = ["RMSE (mag)", "on", v_name, "g", "r", "z", "mean V g r z", "mean g r z"]
+    headings = ["RMSE (mag)", "on", v_name, "g", "r", "z", "mean V g r z", "mean g r z", "95 %"]
     rows = []
     for part in ("validation", "test"):
         for model, parts in evaluation["figures"].items():
             values = [parts[part][key] for key in ("V", "g", "r", "z", "mean", "mean_grz")]
-            rows.append([MODEL_NAMES.get(model, model), part, *(number(v) for v in values)])
+            ends = evaluation.get("intervals", {}).get(model, {}).get(part, {}).get("mean_grz")
+            spread = " to ".join(map(number, ends)) if ends else "-"
+            name = MODEL_NAMES.get(model, model)
+            rows.append([name, part_name(evaluation, part), *(number(v) for v in values), spread])
     lines = [table(headings, rows, left=2)]
+    if "against_default" in evaluation:
+        paired = evaluation["against_default"]["test"]["mean_grz"]
+        low, high = paired["interval"]
+        lines.append(
+            f"winner - documented default on the test rows, mean g r z: "
+            f"{paired['difference']:+.4f} mag (95 %: {low:+.4f} to {high:+.4f}, over nights)"
+        )
     counts = ", ".join(
         f"{part} {evaluation['rows'][part]} in {evaluation['nights'][part]} nights"
         for part in ("train", "validation", "test")
@@ -249,6 +311,12 @@ def figures_text(evaluation: dict[str, Any]) -> str:
     if evaluation["v_derived"]:
         lines.append("V is derived from g and r in this table: judge by g, r and z alone")
     return "\n".join(lines)
+
+
+def part_name(evaluation: dict[str, Any], part: str) -> str:
+    """Return how a part of the rows is called: the validation rows may be all of the folds."""
+    by_folds = part == "validation" and evaluation.get("validated_on") == "folds"
+    return "folds" if by_folds else part
 
 
 def result_json(result: SearchResult) -> dict[str, Any]:

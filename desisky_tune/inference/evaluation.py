@@ -11,6 +11,7 @@ import numpy as np
 
 from desisky_tune.data.columns import BANDS, FEATURES, NIGHT, TARGETS
 from desisky_tune.errors import DataError
+from desisky_tune.inference.ensemble import load_predictor
 from desisky_tune.inference.predictor import Predictor
 from desisky_tune.io.header import check_names
 
@@ -138,7 +139,8 @@ def evaluate(
     Parameters
     ----------
     checkpoint
-        A file, a `Predictor`, or a model that takes `features` and gives V, g, r, z.
+        A file, an ensemble's folder, a `Predictor`, or a model that takes `features` and
+        gives V, g, r, z.
     table
         The exposures.
     rows
@@ -225,7 +227,7 @@ def _as_predictor(checkpoint: Any, features: Sequence[str]) -> Predictor:
     if isinstance(checkpoint, Predictor):
         return checkpoint
     if checkpoint is None or isinstance(checkpoint, str | os.PathLike):
-        return Predictor.load(checkpoint)
+        return load_predictor(checkpoint)
     check_names(features, "the model: ", own=features)
     return Predictor(checkpoint, tuple(features))
 

@@ -99,6 +99,10 @@ class Predictor:
             predictions[usable] = apply_model(self.model, inputs[usable])
         return predictions
 
+    def extra_columns(self, frame: pd.DataFrame) -> dict[str, np.ndarray]:
+        """Return what `predict_frame` adds beside the predictions, by name of column."""
+        return {}
+
     def inputs(self, frame: pd.DataFrame) -> np.ndarray:
         """Return the model's inputs (n, f) float64, in its order."""
         require_columns(self.features, frame.columns, where=f"a table for {self.label}")
@@ -183,14 +187,15 @@ def predict_frame(
     Parameters
     ----------
     checkpoint
-        A file, a `Predictor`, or `None` for the published weights.
+        A file, an ensemble's folder, a `Predictor`, or `None` for the published weights.
     frame
         Has the model's features as columns, in any order.
 
     Returns
     -------
     DataFrame
-        A copy with SKY_MAG_V_PRED, SKY_MAG_G_PRED, SKY_MAG_R_PRED, SKY_MAG_Z_PRED (AB
+        A copy (of an ensemble also with its sigma and half its 90 % interval by band, mag)
+        with SKY_MAG_V_PRED, SKY_MAG_G_PRED, SKY_MAG_R_PRED, SKY_MAG_Z_PRED (AB
         mag/arcsec2); NaN where a feature is missing. `frame.attrs["notes"]` is a list of lines
         that the user should see: rows without a prediction, a constant feature that varies
         here, an order of features that had to be assumed.
@@ -200,10 +205,14 @@ def predict_frame(
     CheckpointError, DataError
         When the checkpoint cannot be trusted or the table lacks a feature.
     """
-    predictor = checkpoint if isinstance(checkpoint, Predictor) else Predictor.load(checkpoint)
+    from desisky_tune.inference.ensemble import load_predictor
+
+    predictor = checkpoint if isinstance(checkpoint, Predictor) else load_predictor(checkpoint)
     predictions = predictor.predict(frame)
     result = frame.copy()
     for column, values in zip(PREDICTIONS, predictions.T, strict=True):
+        result[column] = values
+    for column, values in predictor.extra_columns(frame).items():
         result[column] = values
     result.attrs = {**frame.attrs, "notes": predictor.notes(frame)}
     return result

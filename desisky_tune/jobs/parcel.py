@@ -28,10 +28,13 @@ RESULTS: tuple[str, ...] = (
     "search.json",
     "features.parquet",
     "ledger.jsonl",
+    "finalists.jsonl",
+    "out_of_fold.parquet",
     "trials.parquet",
     "curves.parquet",
     "evaluation.json",
     "best/*.eqx",
+    "ensemble/*",
     "report/*",
 )
 

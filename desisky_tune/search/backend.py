@@ -50,12 +50,17 @@ class Assignment:
     members
         What is trained, where it is more than one; empty: fold 0 and `seed`. Every seed
         has the same folds.
+    keep_members
+        When its last epoch is done, the weights of every member at the epoch that the
+        pooled curve chose for its seed are to lie on disk
+        (`desisky_tune.search.local.member_path`).
     """
 
     number: int
     configuration: Mapping[str, Any]
     seed: int
     members: tuple[Member, ...] = ()
+    keep_members: bool = False
 
     @property
     def trainings(self) -> tuple[Member, ...]:

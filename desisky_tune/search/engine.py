@@ -45,15 +45,21 @@ class Work:
         Where the states and the checkpoints of the trials are written.
     header
         Further keys for the header of each checkpoint.
+    trainings
+        Trainings of one shape that a GPU may have under way at a time; None for any number.
     mirror
         Where these files are put as well, for a run on a URL.
+    slots
+        Trainings side by side in a program of a GPU; None for a calibration.
     """
 
     run: str
     training: TrainingSpec
     folder: Path
     header: Mapping[str, Any]
+    trainings: int | None = None
     mirror: RunMirror | None = None
+    slots: int | None = None
 
 
 def make_backend(device: Device, work: Work, arrays: SearchArrays) -> Backend:
@@ -63,6 +69,18 @@ def make_backend(device: Device, work: Work, arrays: SearchArrays) -> Backend:
     A backend that has a `meter` (`desisky_tune.search.figures.Meter`) tells by it what its
     time goes into; one that runs all slots in one program has ``lanes = 1``.
     """
+    if device == "gpu":
+        from desisky_tune.search.slot_backend import SlotBackend
+
+        return SlotBackend(
+            arrays,
+            work.training,
+            work.folder,
+            work.header,
+            work.mirror,
+            slots=work.slots,
+            expected=work.trainings,
+        )
     from desisky_tune.search.local import LocalBackend
 
     return LocalBackend(arrays, work.training, work.folder, work.header, work.mirror)

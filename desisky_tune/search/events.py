@@ -36,7 +36,7 @@ class DataReady:
 
 @dataclass(frozen=True)
 class SearchStarted:
-    """Trials are about to run."""
+    """Trials are about to run: those of the search, or (`stage`) its finalists."""
 
     name: str
     run_dir: Path | str
@@ -45,6 +45,8 @@ class SearchStarted:
     concurrency: int
     finished: int = 0
     dashboard_url: str | None = None
+    stage: str = "search"
+    trainings: int = 1
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 from desisky_tune.data.columns import FEATURES
 from desisky_tune.errors import RunError
 from desisky_tune.search.folder import RunFolder
-from desisky_tune.search.local import checkpoint_path, state_path
 from desisky_tune.search.records import Ledger, TrialRecord, best_record
+from desisky_tune.search.trial_files import checkpoint_path, final_path, state_path
 
 
 def export_trial(run_dir: str | Path, out: str | Path, trial: int | None = None) -> Path:
     """Write a trial's best weights as a checkpoint in desisky's format.
+
+    A trial that was measured on folds has no weights of its own: its configuration is
+    fitted to all training and validation rows (`desisky_tune.search.final_fit`).
 
     The inputs are put into the reference order, in which desisky feeds them, wherever
     they are those of the reference model.
@@ -26,7 +30,7 @@ def export_trial(run_dir: str | Path, out: str | Path, trial: int | None = None)
     out
         The file to write.
     trial
-        Number of the trial; the winner by default.
+        Number of the trial, of the search or of the finalists; the winner by default.
 
     Returns
     -------
@@ -42,14 +46,11 @@ def export_trial(run_dir: str | Path, out: str | Path, trial: int | None = None)
     """
     folder = RunFolder.open(run_dir)
     record = trial_record(folder, trial)
-    source = checkpoint_path(folder.trials, record.number)
-    folder.fetched(source)
-    if not source.exists():
-        folder.fetched(state_path(folder.trials, record.number))
-        _write_missing(folder, record)
+    source = _weights(folder, record)
+    stage = "finalist" if _is_finalist(folder, record.number) else "trial"
     origin = {
         "run": folder.name,
-        "trial": record.number,
+        stage: record.number,
         "state": record.state,
         "objective": record.objective,
     }
@@ -85,20 +86,26 @@ def write_in_reference_order(
 def trial_record(folder: RunFolder, trial: int | None) -> TrialRecord:
     """Return the record of a trial that has weights; of the winner where `trial` is None.
 
+    The trials of the finalists go on after the search's; where there were some, the winner
+    is one of them.
+
     Raises
     ------
     RunError
         When there is no winner, no such trial, or it failed.
     """
     records = Ledger(folder.ledger).records()
+    finalists = Ledger(folder.finalists).records()
     if trial is None:
-        winner = best_record(records)
+        taken = finalist_taken(folder)
+        winner = next((each for each in finalists if each.number == taken), best_record(records))
         if winner is None:
             raise RunError(f"{folder.path}: no trial has completed, so there is no winner")
         return winner
-    found = next((record for record in records if record.number == trial), None)
+    known_records = [*records, *finalists]
+    found = next((record for record in known_records if record.number == trial), None)
     if found is None:
-        numbers = sorted(record.number for record in records)
+        numbers = sorted(record.number for record in known_records)
         known = f"{numbers[0]} to {numbers[-1]}" if numbers else "none"
         raise RunError(f"{folder.path}: trial {trial} has not finished; finished: {known}")
     if found.state == "FAIL":
@@ -106,19 +113,51 @@ def trial_record(folder: RunFolder, trial: int | None) -> TrialRecord:
     return found
 
 
+def finalist_taken(folder: RunFolder) -> int | None:
+    """Return the number of the finalist that won; None where no finalists were ranked."""
+    if not folder.evaluation.exists():
+        return None
+    board = json.loads(folder.evaluation.read_text()).get("finalists") or [{}]
+    return board[0].get("number")
+
+
+def _is_finalist(folder: RunFolder, number: int) -> bool:
+    trials = folder.read_search().get("finalists", {}).get("trials", [])
+    return any(each["number"] == number for each in trials)
+
+
+def _weights(folder: RunFolder, record: TrialRecord) -> Path:
+    """Return the checkpoint of a trial; make it where it is not there."""
+    if record.members > 1:
+        path = final_path(folder.trials, record.number)
+        folder.fetched(path)
+        if not path.exists():
+            from desisky_tune.search.final_fit import fit_of, write_final_fit
+            from desisky_tune.search.origin import open_run
+
+            write_final_fit(open_run(folder.path), fit_of(record, {"trial": record.number}), path)
+        return path
+    path = checkpoint_path(folder.trials, record.number)
+    folder.fetched(path)
+    if not path.exists():
+        folder.fetched(state_path(folder.trials, record.number))
+        _write_missing(folder, record)
+    return path
+
+
 def _write_missing(folder: RunFolder, record: TrialRecord) -> None:
     """Make the checkpoint of a trial whose process was killed before it could."""
     from desisky_tune.search.backend import Assignment
-    from desisky_tune.search.local import LocalBackend, SearchArrays, state_path
+    from desisky_tune.search.folds import search_arrays
+    from desisky_tune.search.local import LocalBackend
     from desisky_tune.search.origin import checkpoint_header, open_run
 
     if not state_path(folder.trials, record.number).exists():
         raise RunError(f"{folder.trials}: the weights of trial {record.number} are missing")
     run = open_run(folder.path)
-    arrays = SearchArrays.from_table(
-        run.table, run.split.train, run.split.validation, run.spec.data.features
+    backend = LocalBackend(
+        search_arrays(run), run.spec.training, folder.trials, checkpoint_header(run)
     )
-    backend = LocalBackend(arrays, run.spec.training, folder.trials, checkpoint_header(run))
     assignment = Assignment(record.number, record.configuration, record.seed)
     # Asking for the epochs that it has trains nothing, and brings its state into memory.
     backend.advance(assignment, record.epochs)

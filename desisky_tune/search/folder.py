@@ -6,11 +6,14 @@
       search.json        the resolved specification, data, split (EXPIDs), versions
       features.parquet   the feature table that the run was made with
       ledger.jsonl       one line per finished trial: the truth that a resume goes by
+      finalists.jsonl    likewise, of the finalists
       started.jsonl      one line per trial handed out, so that a resume repeats it
       study.db           the Optuna study
       trials/            a checkpoint per trial (and its state while it is unfinished)
       trials.parquet  curves.parquet  evaluation.json
+      out_of_fold.parquet  predictions of the finalists' folds, where there are finalists
       best/<name>.eqx    the winner
+      ensemble/          the best finalists' members and their index
       tune/              what Ray Tune writes
 """
 
@@ -92,6 +95,11 @@ class RunFolder:
         return self.path / "ledger.jsonl"
 
     @property
+    def finalists(self) -> Path:
+        """One line per finalist that was trained once more."""
+        return self.path / "finalists.jsonl"
+
+    @property
     def started(self) -> Path:
         """One line per trial that was handed out."""
         return self.path / "started.jsonl"
@@ -115,6 +123,16 @@ class RunFolder:
     def evaluation(self) -> Path:
         """The winner's and the baselines' figures."""
         return self.path / "evaluation.json"
+
+    @property
+    def out_of_fold(self) -> Path:
+        """Predictions of the winner and the baselines on the finalists' folds."""
+        return self.path / "out_of_fold.parquet"
+
+    @property
+    def ensemble(self) -> Path:
+        """The folder of the ensemble."""
+        return self.path / "ensemble"
 
     @property
     def best(self) -> Path:
@@ -193,7 +211,8 @@ class RunFolder:
         if self.mirror is None:
             return
         made = [self.ledger, self.evaluation, self.search_json, *self.path.glob("*.parquet")]
-        self.kept(*(path for path in [*made, *self.path.glob("best/*")] if path.is_file()))
+        made += [self.finalists, *self.path.glob("best/*"), *self.path.glob("ensemble/*")]
+        self.kept(*(path for path in made if path.is_file()))
         self.mirror.forget_states(record.number for record in records)
 
     def fetched(self, *paths: Path) -> None:

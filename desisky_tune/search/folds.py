@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from desisky_tune.data.columns import EXPOSURE_ID
+from desisky_tune.data.columns import EXPOSURE_ID, TARGETS
 from desisky_tune.data.splits import make_folds
 from desisky_tune.search.arrays import SearchArrays
 from desisky_tune.search.backend import Member
@@ -31,6 +31,12 @@ def members_of(folds: int, seeds: int, seed: int) -> tuple[Member, ...]:
 def search_members(spec: SearchSpec) -> tuple[Member, ...]:
     """Return what each trial of a search trains."""
     return members_of(spec.evaluation.folds, spec.evaluation.seeds, spec.training.seed)
+
+
+def finalist_members(spec: SearchSpec) -> tuple[Member, ...]:
+    """Return what each finalist trains."""
+    _, folds, seeds = spec.evaluation.final_plan
+    return members_of(folds, seeds, spec.training.seed)
 
 
 def run_folds(run: SearchRun, folds: int) -> list[Rows]:
@@ -66,7 +72,22 @@ def search_arrays(run: SearchRun) -> SearchArrays:
     return SearchArrays.from_folds(run.table, folds, run.spec.data.features)
 
 
-def folds_as_exposures(run: SearchRun, folds: int) -> list[list[int]]:
+def finalist_folds(run: SearchRun) -> list[Rows]:
+    """Return the folds of a run's finalists; see `run_folds`."""
+    return run_folds(run, run.spec.evaluation.final_plan[1])
+
+
+def finalist_arrays(run: SearchRun) -> SearchArrays:
+    """Return the training and validation rows of a run, with the folds of its finalists."""
+    return SearchArrays.from_folds(run.table, finalist_folds(run), run.spec.data.features)
+
+
+def observed(run: SearchRun, rows: np.ndarray) -> np.ndarray:
+    """Return the magnitudes ``(n, 4)`` of rows of a run, float64."""
+    return run.table.frame.iloc[rows][list(TARGETS)].to_numpy(dtype=float)
+
+
+def folds_as_exposures(run: SearchRun, folds: list[Rows]) -> list[list[int]]:
     """Return the EXPIDs that each fold validates on, ascending."""
-    exposures: Any = run.table.frame[EXPOSURE_ID].to_numpy()
-    return [np.sort(exposures[rows]).tolist() for _, rows in run_folds(run, folds)]
+    exposures = run.table.frame[EXPOSURE_ID].to_numpy()
+    return [np.sort(exposures[rows]).tolist() for _, rows in folds]

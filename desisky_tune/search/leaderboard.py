@@ -78,6 +78,63 @@ def leaderboard(run: str | Path | Iterable[TrialRecord]) -> pd.DataFrame:
     return board.astype(kinds)
 
 
+#: Columns of the finalists' board, in order.
+FINALIST_COLUMNS: tuple[str, ...] = (
+    "rank",
+    "trial",
+    "objective",
+    "standard_error",
+    "difference",
+    "difference_error",
+    "tied",
+    *BANDS,
+    "width",
+    "depth",
+    "learning_rate",
+    "huber_delta",
+    "batch_size",
+    "parameters",
+    "best_epoch",
+    "seed_spread",
+)
+
+
+def finalists_board(run: str | Path) -> pd.DataFrame | None:
+    """Return the finalists of a run, the winner first; None where none were ranked.
+
+    Returns
+    -------
+    DataFrame
+        `FINALIST_COLUMNS`. RMSE in mag, over the training and validation rows, each
+        predicted by trainings on the other folds: ``objective`` the mean of the bands and
+        seeds, ``standard_error`` over nights, ``difference`` to the lowest and its error
+        over the same nights, ``tied`` where it lies within that error, ``seed_spread`` the
+        standard deviation over the seeds. ``trial`` is the search's (missing for a
+        documented default that the search did not try).
+    """
+    path = RunFolder.open(run).evaluation
+    ranked = json.loads(path.read_text()).get("finalists") if path.exists() else None
+    if ranked is None:
+        return None
+    rows = [{**each, **each["configuration"], **each["rmse"]} for each in ranked]
+    board = pd.DataFrame(rows, columns=list(FINALIST_COLUMNS))
+    return board.astype({"trial": "Int64", "seed_spread": "float64"})
+
+
+def finalist_rows(board: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Return a finalists' board as text for a table on a terminal."""
+    header = ["#", "trial", "RMSE", "± nights", "to best", "±", *BANDS, "width", "depth", "lr",
+              "delta", "batch", "parameters", "best", "± seeds"]  # fmt: skip
+    forms = ("d", "d", ".4f", ".4f", ".4f", ".4f", *[".4f"] * len(BANDS), "d", "d", ".3g", ".3g",
+             "d", ",d", "d", ".4f")  # fmt: skip
+    names = [name for name in FINALIST_COLUMNS if name != "tied"]
+    rows = [
+        [_text(row[name], form) for name, form in zip(names, forms, strict=True)]
+        for row in _values(board)
+    ]
+    return header, rows
+
+
 def to_json(board: pd.DataFrame) -> str:
     """Return a leaderboard as a JSON list of objects; what is not known is null."""
     return json.dumps(_values(board), indent=1, allow_nan=False) + "\n"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from desisky_tune.data.columns import EXPOSURE_ID
+from desisky_tune.data.columns import EXPOSURE_ID, NIGHT
 from desisky_tune.errors import RunError
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.records import Ledger, TrialRecord, best_record
@@ -40,8 +40,8 @@ class LoadedRun:
         The columns of ``trials.parquet`` and ``curves.parquet``, from the ledger: a row
         per trial, and a row per trial and epoch. RMSE in mag.
     winner
-        The trial that leads: complete, with the lowest RMSE on the validation rows. None
-        where no trial is complete.
+        The trial that was chosen: the finalists' winner, or else the complete trial with
+        the lowest RMSE on the validation rows. None where no trial is complete.
     evaluation
         RMSE (mag) of the winner and the baselines; see `desisky_tune.search.winner`.
         None before the search has ended.
@@ -92,6 +92,35 @@ class LoadedRun:
             )
         return frame.sort_values(EXPOSURE_ID, ignore_index=True)
 
+    def out_of_fold(self) -> pd.DataFrame | None:
+        """Read the predictions of the finalists' folds; None where there were no finalists.
+
+        A row per exposure of the training and validation rows, ordered by EXPID, with the
+        features and magnitudes, ``fold``, and for each model and band a column such as
+        ``winner_V``: predictions by trainings that did not see the row (mag).
+
+        Raises
+        ------
+        RunError
+            When the table cannot be read, or is not of the run's rows.
+        """
+        import pandas as pd
+
+        path = RunFolder(self.path).out_of_fold
+        if not path.exists():
+            return None
+        try:
+            predictions = pd.read_parquet(path).drop(columns=NIGHT)
+        except (OSError, ValueError, KeyError) as error:
+            raise RunError(f"{path} cannot be read: {error}") from error
+        rows = pd.concat([self.rows(part) for part in READABLE_PARTS])
+        together = rows.merge(predictions, on=EXPOSURE_ID, validate="one_to_one")
+        if len(together) != len(predictions):
+            raise RunError(
+                f"{path}: {len(predictions)} rows, of which {len(together)} are the run's"
+            )
+        return together.sort_values(EXPOSURE_ID, ignore_index=True)
+
     def report(self, out: str | Path | None = None) -> Path:
         """Write the report; see `desisky_tune.visualization.report.write_report`."""
         from desisky_tune.visualization.report import write_report
@@ -119,6 +148,7 @@ def load_run(path: str | Path) -> LoadedRun:
     folder = RunFolder.open(path)
     content = folder.read_search()
     records = sorted(Ledger(folder.ledger).records(), key=lambda record: record.number)
+    evaluation = _evaluation(folder)
     return LoadedRun(
         path=folder.path,
         search=content,
@@ -126,10 +156,20 @@ def load_run(path: str | Path) -> LoadedRun:
         records=tuple(records),
         trials=trials_table(records).to_pandas(),
         curves=curves_table(records).to_pandas(),
-        winner=best_record(records),
-        evaluation=_evaluation(folder),
+        winner=_winner(folder, records, evaluation),
+        evaluation=evaluation,
         checkpoint=folder.best if folder.best.exists() else None,
     )
+
+
+def _winner(
+    folder: RunFolder, records: list[TrialRecord], evaluation: Mapping[str, Any] | None
+) -> TrialRecord | None:
+    """Return the record of the winner; of a finalist that the search had not tried, its own."""
+    if evaluation is None or "winner" not in evaluation:
+        return best_record(records)
+    every = [*records, *Ledger(folder.finalists).records()]
+    return next((each for each in every if each.number == evaluation["winner"]), None)
 
 
 def _evaluation(folder: RunFolder) -> dict[str, Any] | None:

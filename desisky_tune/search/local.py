@@ -10,7 +10,7 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +19,20 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from desisky_tune.data.columns import BANDS
-from desisky_tune.errors import CheckpointError, MissingFileError
 from desisky_tune.search.arrays import Fold, SearchArrays
 from desisky_tune.search.backend import CURVE_SERIES, Assignment, Member, Progress
 from desisky_tune.search.figures import Meter
-from desisky_tune.search.patience import TRIAL_PATIENCE, patiently
-from desisky_tune.search.pooling import MemberCurve, pooled_progress
+from desisky_tune.search.pooling import MemberCurve, member_progress, pool, pooled_progress
+from desisky_tune.search.trial_files import (
+    TrialFiles,
+    checkpoint_path,
+    final_path,
+    member_path,
+    state_path,
+    sweep,
+)
 
 if TYPE_CHECKING:
-    from desisky_tune.search.records import TrialRecord
     from desisky_tune.search.space import TrainingSpec
     from desisky_tune.search.storage import RunMirror
     from desisky_tune.training.program import TrainingArrays
@@ -38,6 +43,8 @@ __all__ = [
     "LocalBackend",
     "SearchArrays",
     "checkpoint_path",
+    "final_path",
+    "member_path",
     "process_environment",
     "state_path",
     "sweep",
@@ -56,7 +63,11 @@ class _FoldRows:
 
 @dataclass(frozen=True)
 class _Training:
-    """One member under way: the state of its program, and what it has measured."""
+    """One member under way: the state of its program, and what it has measured.
+
+    `before` is the state (and its epochs) from which the last advance began: what is asked
+    for of an earlier epoch is trained again from there.
+    """
 
     program: Any
     state: Any
@@ -65,6 +76,7 @@ class _Training:
     curve: dict[str, list[float]]
     objectives: list[float]
     failed: bool = False
+    before: tuple[int, Any] | None = None
 
 
 class _Trial:
@@ -116,9 +128,8 @@ class LocalBackend:
         header: Mapping[str, Any] | None = None,
         mirror: RunMirror | None = None,
     ) -> None:
-        self._mirror = mirror
         self._training = training
-        self._folder = folder
+        self._files = TrialFiles(folder, mirror)
         self._header = dict(header or {})
         self._features = arrays.features
         self._rows = arrays
@@ -134,20 +145,21 @@ class LocalBackend:
             running = self._trials.setdefault(trial.number, _Trial())
         with running.lock:
             if not running.trainings:
-                # Weights of an unfinished trial, which an interrupt left, are not its last.
-                stale = checkpoint_path(self._folder, trial.number)
-                patiently(functools.partial(stale.unlink, missing_ok=True), limit=TRIAL_PATIENCE)
+                self._files.discard_weights(trial)
             for member in trial.trainings:
                 training = running.trainings.get(member)
                 if training is None:
-                    opening = functools.partial(self._open, trial, member)
-                    training = patiently(opening, limit=TRIAL_PATIENCE)
+                    training = self._open(trial, member)
                 if training.epochs < epochs:
                     training = self._train(trial, member, training, epochs)
                 running.trainings[member] = training
                 if training.failed:
                     break
-            return self._progress(trial, running.trainings)
+            progress = self._progress(trial, running.trainings)
+            complete = progress.epochs >= self._training.epochs and not progress.failed
+            if trial.keep_members and complete:
+                self._keep_members(trial, running.trainings)
+            return progress
 
     def release(self, trial: Assignment) -> None:
         """Keep the best weights of a trial, and forget it here.
@@ -165,36 +177,58 @@ class LocalBackend:
             if not trainings or len(trial.trainings) > 1 or self._progress(trial, trainings).failed:
                 return
             ((member, training),) = trainings.items()
-            path = checkpoint_path(self._folder, trial.number)
             write = functools.partial(
                 write_checkpoint,
-                path,
-                training.program.best_model(training.state),
-                self._progress(trial, trainings),
-                trial,
-                self._training,
-                self._features,
-                self._fold(member.fold).scaling,
-                self._header,
+                model=training.program.best_model(training.state),
+                progress=self._progress(trial, trainings),
+                trial=trial,
+                training=self._training,
+                features=self._features,
+                scaling=self._fold(member.fold).scaling,
+                header=self._header,
             )
-            patiently(write, limit=TRIAL_PATIENCE)
-            if self._mirror is not None:
-                patiently(functools.partial(self._mirror.put, path), limit=TRIAL_PATIENCE)
+            self._files.write_weights(trial, write)
+
+    def _keep_members(self, trial: Assignment, running: Mapping[Member, _Training]) -> None:
+        """Write the weights of every member at the best epoch of its seed's pooled curve."""
+        best_epochs = pool(self._curves(running)).best_epochs
+        for member, training in running.items():
+            epoch = best_epochs[member.seed]
+            write = functools.partial(
+                write_checkpoint,
+                model=self._model_at(trial, member, training, epoch),
+                progress=member_progress(
+                    training.curve, training.objectives, training.seconds, epoch
+                ),
+                trial=trial,
+                training=self._training,
+                features=self._features,
+                scaling=self._fold(member.fold).scaling,
+                header=member_header(self._header, member),
+            )
+            self._files.write_member(trial, member, write)
+
+    def _model_at(self, trial: Assignment, member: Member, training: _Training, epoch: int) -> Any:
+        """Return a member's weights after `epoch`, trained again where they were not its best."""
+        if epoch == int(np.argmin(training.objectives)):
+            return training.program.best_model(training.state)
+        done, state = training.before or (0, None)
+        if state is None or done > epoch:
+            done, state = 0, training.program.init(member.seed)
+        arrays = self._fold(member.fold).arrays
+        state, _ = training.program.advance(
+            state, arrays, _hyperparameters(trial), epoch + 1 - done
+        )
+        return training.program.last_model(state)
 
     def _train(
         self, trial: Assignment, member: Member, training: _Training, epochs: int
     ) -> _Training:
-        from desisky_tune.training.program import Hyperparameters
-
         began = time.perf_counter()
-        hyperparameters = Hyperparameters(
-            learning_rate=float(trial.configuration["learning_rate"]),
-            huber_delta=float(trial.configuration["huber_delta"]),
-        )
         arrays = self._fold(member.fold).arrays
         with self.meter.spending("training"):
             state, curve = training.program.advance(
-                training.state, arrays, hyperparameters, epochs - training.epochs
+                training.state, arrays, _hyperparameters(trial), epochs - training.epochs
             )
         series = dict(
             zip(
@@ -205,6 +239,7 @@ class LocalBackend:
         )
         training = replace(
             training,
+            before=(training.epochs, training.state) if trial.keep_members else None,
             state=state,
             epochs=training.epochs + len(curve.train_loss),
             seconds=training.seconds + time.perf_counter() - began,
@@ -216,18 +251,12 @@ class LocalBackend:
             failed=bool(curve.failed),
         )
         if not training.failed:
-            save = functools.partial(self._save, trial, member, training)
-            patiently(save, limit=TRIAL_PATIENCE)
+            self._save(trial, member, training)
         return training
 
     def _progress(self, trial: Assignment, running: Mapping[Member, _Training]) -> Progress:
         """Say where a trial stands: at the best epoch so far of its members together."""
-        curves = [
-            MemberCurve(
-                member, self._fold(member.fold).validation, training.curve, training.objectives
-            )
-            for member, training in running.items()
-        ]
+        curves = self._curves(running)
         seconds = sum(training.seconds for training in running.values())
         for member, training in running.items():
             if training.failed or not training.epochs:
@@ -239,6 +268,14 @@ class LocalBackend:
                 return pooled_progress(curves, seconds, reason)
         return pooled_progress(curves, seconds)
 
+    def _curves(self, running: Mapping[Member, _Training]) -> list[MemberCurve]:
+        return [
+            MemberCurve(
+                member, self._fold(member.fold).validation, training.curve, training.objectives
+            )
+            for member, training in running.items()
+        ]
+
     def _open(self, trial: Assignment, member: Member) -> _Training:
         """Begin a member, or take it up from the state that it left.
 
@@ -247,15 +284,9 @@ class LocalBackend:
         """
         program = self._program(trial)
         self._compile(program, self._fold(member.fold).arrays)
-        path = self._state_path(trial, member)
-        if self._mirror is not None:
-            self._mirror.fetch(path)
-        try:
-            state, notes = program.load_state(path)
-            if notes["trial"] == self._key(trial, member):
-                return _Training(program, state, **notes["progress"])
-        except (MissingFileError, CheckpointError, KeyError, TypeError):
-            pass
+        left = self._files.read_state(trial, member, program.load_state)
+        if left is not None and left[1].get("trial") == self._key(trial, member):
+            return _Training(program, left[0], **left[1]["progress"])
         return _Training(program, program.init(member.seed), 0, 0.0, {}, [])
 
     def _save(self, trial: Assignment, member: Member, training: _Training) -> None:
@@ -266,13 +297,11 @@ class LocalBackend:
             "objectives": training.objectives,
         }
         notes = {"trial": self._key(trial, member), "progress": progress}
-        path = self._state_path(trial, member)
-        training.program.save_state(path, training.state, notes)
-        if self._mirror is not None:
-            self._mirror.put(path)
-
-    def _state_path(self, trial: Assignment, member: Member) -> Path:
-        return state_path(self._folder, trial.number, member if trial.members else None)
+        self._files.write_state(
+            trial,
+            member,
+            lambda path: training.program.save_state(path, training.state, notes),
+        )
 
     def _key(self, trial: Assignment, member: Member) -> dict[str, Any]:
         return {
@@ -301,7 +330,7 @@ class LocalBackend:
 
         # Two threads that asked at once would get two programs. The first one ever may compile
         # the native core.
-        with self._lock, self.meter.spending("compiling"):
+        with self.meter.spending("compiling"), self._lock:
             return program_for(
                 in_size=len(self._features),
                 out_size=len(BANDS),
@@ -328,28 +357,13 @@ class LocalBackend:
                 compiled.done = True
 
 
-def state_path(folder: Path, number: int, member: Member | None = None) -> Path:
-    """Where the state of an unfinished trial lies; of one of its members, where it has some."""
-    which = "" if member is None else f"-fold{member.fold}-seed{member.seed}"
-    return folder / f"{number:05d}{which}.state"
+def _hyperparameters(trial: Assignment) -> Any:
+    from desisky_tune.training.program import Hyperparameters
 
-
-def checkpoint_path(folder: Path, number: int) -> Path:
-    """Where the best weights of a trial lie."""
-    return folder / f"{number:05d}.eqx"
-
-
-def sweep(folder: Path, records: Collection[TrialRecord]) -> None:
-    """Remove the states of finished trials: their weights have been kept, or are of no use."""
-    # By the states that lie there, which are few; the records may be thousands.
-    states = {record.number: record.state for record in records}
-    for path in folder.glob("*.state"):
-        number, _, member = path.stem.partition("-")
-        if not number.isdigit() or int(number) not in states:
-            continue
-        kept = checkpoint_path(folder, int(number)).exists()
-        if member or kept or states[int(number)] == "FAIL":
-            path.unlink(missing_ok=True)
+    return Hyperparameters(
+        learning_rate=float(trial.configuration["learning_rate"]),
+        huber_delta=float(trial.configuration["huber_delta"]),
+    )
 
 
 def write_checkpoint(
@@ -389,6 +403,12 @@ def write_checkpoint(
         **{**header, "search": {**header.get("search", {}), "trial": trial.number}},
     )
     save(path, folded, meta)
+
+
+def member_header(header: Mapping[str, Any], member: Member) -> dict[str, Any]:
+    """Return what the checkpoint of one training of a trial says of its origin."""
+    origin = {**header.get("search", {}), "fold": member.fold}
+    return {**header, "search": origin, "seed": member.seed}
 
 
 def process_environment(*, gpu: bool) -> dict[str, str]:

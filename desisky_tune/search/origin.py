@@ -13,6 +13,7 @@ from desisky_tune.data.splits import Split
 from desisky_tune.errors import RunError
 from desisky_tune.files import atomic_path
 from desisky_tune.search.folder import RunFolder
+from desisky_tune.search.folds import folds_as_exposures, run_folds
 from desisky_tune.search.samplers import sampler_settings
 from desisky_tune.search.space import SearchSpec, resolved_dict, spec_from_dict
 from desisky_tune.search.versions import versions
@@ -46,6 +47,7 @@ def write_run(run: SearchRun) -> None:
             "sampler": sampler_settings(spec),
             "data": dict(table.provenance),
             "split": split.as_exposures(table.frame),
+            **_recorded_folds(run),
             "seed": {
                 "search": spec.search.seed,
                 "split": spec.split.seed,
@@ -54,6 +56,18 @@ def write_run(run: SearchRun) -> None:
             "versions": versions(),
         }
     )
+
+
+def _recorded_folds(run: SearchRun) -> dict[str, Any]:
+    """Say which exposures each fold of the trials validates on, where there are several."""
+    folds, seeds = run.spec.evaluation.folds, run.spec.evaluation.seeds
+    if folds == seeds == 1:
+        return {}
+    first = run.spec.training.seed
+    return {
+        "folds": folds_as_exposures(run, run_folds(run, folds)),
+        "seeds": list(range(first, first + seeds)),
+    }
 
 
 def read_table_of(folder: RunFolder, content: Mapping[str, Any]) -> FeatureTable:

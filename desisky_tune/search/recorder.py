@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback, Stopper
@@ -36,6 +37,8 @@ class Recorder(Callback):
     ----------
     folder
         The run.
+    ledger
+        Where the records go.
     known
         Records of trials that finished in an earlier session of the run.
     total
@@ -57,6 +60,7 @@ class Recorder(Callback):
     def __init__(
         self,
         folder: RunFolder,
+        ledger: Path,
         known: Iterable[TrialRecord],
         *,
         total: int,
@@ -68,7 +72,7 @@ class Recorder(Callback):
         stop: StopRequest | None = None,
     ) -> None:
         self._folder = folder
-        self._ledger = Ledger(folder.ledger)
+        self._ledger = Ledger(ledger)
         self._records = {record.number: record for record in known}
         self._started = set(folder.read_started()) | set(self._records)
         self._clock: dict[int, float] = {}
@@ -151,7 +155,9 @@ class Recorder(Callback):
     def _keep(self, record: TrialRecord) -> None:
         mirror = self._folder.mirror
         if mirror is not None:
-            mirror.put_json(f"ledger/{record.number:05d}.json", record_to_json(record))
+            mirror.put_json(
+                f"{self._ledger.path.stem}/{record.number:05d}.json", record_to_json(record)
+            )
         self._ledger.append(record)
 
     def _patiently(self, write: Callable[[], object]) -> None:

@@ -18,6 +18,9 @@ from desisky_tune.data.columns import FEATURES, TARGETS
 from desisky_tune.errors import RunError
 from desisky_tune.files import append_line
 
+#: Fields that ledgers of earlier versions do not have.
+_ADDED_LATER: Mapping[str, Any] = {"members": 1, "spread": None}
+
 State = Literal["COMPLETE", "PRUNED", "FAIL"]
 STATES: tuple[str, ...] = get_args(State)
 
@@ -55,6 +58,10 @@ class TrialRecord:
         Objective at each rung reached, by epochs.
     curve
         Every epoch's losses and RMSE by band (mag), by name of series.
+    members
+        Trainings that its figures were made of: folds times seeds.
+    spread
+        Standard deviation of the objective over the seeds (mag); None with one seed.
     """
 
     number: int
@@ -71,6 +78,8 @@ class TrialRecord:
     ended: float
     rungs: dict[int, float] = field(default_factory=dict)
     curve: dict[str, list[float]] = field(default_factory=dict)
+    members: int = 1
+    spread: float | None = None
 
     @property
     def parameters(self) -> int:
@@ -152,6 +161,8 @@ def finish(
             name: [float(value) for value in series]
             for name, series in nested(result, "curve").items()
         },
+        members=int(result.get("members") or 1),
+        spread=None if reason else _number(result.get("spread")),
     )
 
 
@@ -272,6 +283,7 @@ def record_from_json(line: str) -> TrialRecord:
         raise ValueError(f"not JSON: {error.msg}") from error
     if not isinstance(content, dict):
         raise ValueError("not a JSON object")
+    content = {**_ADDED_LATER, **content}
     missing = [each.name for each in fields(TrialRecord) if each.name not in content]
     if missing:
         raise ValueError(f"missing {', '.join(missing)}")

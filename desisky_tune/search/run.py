@@ -20,6 +20,12 @@ from desisky_tune.search.events import (
     SearchFinished,
 )
 from desisky_tune.search.figures import SessionFigures
+from desisky_tune.search.finalists import (
+    conclude_finalists,
+    fixed_finalists,
+    recorded_finalists,
+    unfinished_finalists,
+)
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.leaderboard import leaderboard
 from desisky_tune.search.local import checkpoint_path, state_path, sweep
@@ -33,7 +39,7 @@ from desisky_tune.search.records import (
 )
 from desisky_tune.search.space import SearchSpec, default_configuration, load_spec
 from desisky_tune.search.stopping import StopRequest, stop_signals
-from desisky_tune.search.winner import crown
+from desisky_tune.search.winner import crown, crown_finalist
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,14 +58,14 @@ class SearchResult:
     records
         Every trial, by number.
     winner
-        The trial that was chosen on the validation rows.
+        The trial that was chosen: the finalists' winner, or on the validation rows.
     checkpoint
         The winner's checkpoint.
     board
         The leaderboard.
     evaluation
-        RMSE (mag) of the winner, the documented default, the classical model and the
-        constant, on validation and test rows; see `desisky_tune.search.winner`.
+        RMSE (mag) of the winner and the baselines, on validation and test rows; see
+        `desisky_tune.search.winner`.
     seconds
         Wall time of this session of the search.
     """
@@ -164,7 +170,7 @@ def resume_search(
         ended = "result" in run.folder.read_search()
         records = Ledger(run.folder.ledger).records()
         figures: list[SessionFigures] = []
-        if not ended and remaining_trials(run.spec.search.trials, records):
+        if not ended and _unfinished(run, records):
             with ray_session(address=address, dashboard=dashboard) as ray:
                 stop.listen()
                 figures = _search(run, ray, emit, stop, local=address is None)
@@ -187,11 +193,34 @@ def _search(
     )
     # These import Ray, which has begun.
     from desisky_tune.search.gauges import measured
-    from desisky_tune.search.session import run_trials
+    from desisky_tune.search.session import run_stage
+    from desisky_tune.search.stages import FinalistStage, SearchStage
 
-    known = Ledger(run.folder.ledger).records()
-    with measured(run.folder.name, run.spec.search.trials, known, emit) as told:
-        return run_trials(run, ray, told, local=local, stop=stop)
+    figures: list[SessionFigures] = []
+    finalists = recorded_finalists(run)
+    if finalists is None:
+        known = Ledger(run.folder.ledger).records()
+        with measured(run.folder.name, run.spec.search.trials, known, emit) as told:
+            figures += run_stage(run, SearchStage(run), ray, told, local=local, stop=stop)
+    if run.spec.evaluation.final_plan[0]:
+        records = Ledger(run.folder.ledger).records()
+        if best_record(records) is None:
+            return figures  # there is no winner, which is told when the run is finished
+        finalists = fixed_finalists(run, records)
+        if unfinished_finalists(run, finalists):
+            configurations = {each.number: each.configuration for each in finalists}
+            stage = FinalistStage(run, configurations)
+            figures += run_stage(run, stage, ray, emit, local=local, stop=stop)
+    return figures
+
+
+def _unfinished(run: SearchRun, records: list[TrialRecord]) -> bool:
+    """Whether a stage of the run has trials without a record."""
+    finalists = recorded_finalists(run)
+    if finalists is not None:
+        return unfinished_finalists(run, finalists) > 0
+    waiting = remaining_trials(run.spec.search.trials, records) > 0
+    return waiting or run.spec.evaluation.final_plan[0] > 0
 
 
 def _finish(
@@ -209,7 +238,15 @@ def _finish(
             f"{spec.training.epochs} epochs): there is no winner in {folder.path}"
         )
     _fetch_weights(folder, winner, records)
-    evaluation = crown(run, winner, records)
+    if run.spec.evaluation.final_plan[0]:
+        final = conclude_finalists(run)
+        evaluation = crown_finalist(run, final)
+        winner = next(
+            (record for record in records if record.number == final.winner.trial),
+            final.records[final.winner.number],
+        )
+    else:
+        evaluation = crown(run, winner, records)
     seconds = time.time() - started
     states = {
         state: sum(record.state == state for record in records)

@@ -1,4 +1,4 @@
-"""Sessions of a search: experiments of Ray Tune that run the trials without a record.
+"""Sessions of a stage: experiments of Ray Tune that run the trials without a record.
 
 A search that is neither interrupted nor loses a process is one session. Each starts from
 the ledger: the study is written anew from it, the scheduler is told what earlier trials
@@ -35,14 +35,12 @@ from desisky_tune.search.engines import (
 )
 from desisky_tune.search.events import EventSink, Note, SearchStarted
 from desisky_tune.search.figures import SessionFigures
-from desisky_tune.search.folds import search_arrays, search_members
 from desisky_tune.search.origin import SearchRun, checkpoint_header
 from desisky_tune.search.recorder import GiveUp, Recorder
 from desisky_tune.search.records import Ledger, TrialRecord, best_record, remaining_trials
 from desisky_tune.search.restarts import Restarts
-from desisky_tune.search.schedulers import make_scheduler
-from desisky_tune.search.searcher import StudySearch, rebuild_study
-from desisky_tune.search.space import rungs
+from desisky_tune.search.slot_settings import expected_trainings
+from desisky_tune.search.stages import Stage
 from desisky_tune.search.stopping import StopRequest
 from desisky_tune.search.trial import SearchTrial, TrialPlan
 
@@ -56,15 +54,23 @@ TUNE_ENVIRONMENT: Mapping[str, str] = {
 }
 
 
-def run_trials(
-    run: SearchRun, ray: Any, emit: EventSink, *, local: bool, stop: StopRequest | None = None
+def run_stage(
+    run: SearchRun,
+    stage: Stage,
+    ray: Any,
+    emit: EventSink,
+    *,
+    local: bool,
+    stop: StopRequest | None = None,
 ) -> list[SessionFigures]:
-    """Run trials until each has a record, or until something ends the search early.
+    """Run trials until each has a record, or until something ends the stage early.
 
     Parameters
     ----------
     run
-        The run; its ledger says what is done.
+        The run.
+    stage
+        Its search, or its finalists; the stage's ledger says what is done.
     ray
         The module, connected.
     emit
@@ -93,8 +99,8 @@ def run_trials(
     StorageLostError
         When the run's files cannot be written, and that lasts.
     """
-    spec, folder, stop = run.spec, run.folder, stop or StopRequest()
-    limit, trials = spec.search.time_limit, spec.search.trials
+    folder, stop = run.folder, stop or StopRequest()
+    limit, trials = stage.time_limit, stage.total
     deadline = None if limit is None else time.monotonic() + limit
     deaths: Counter[int] = Counter()
     told: list[SessionFigures] = []
@@ -103,7 +109,7 @@ def run_trials(
     while True:
         try:
             recorder, figures = _run_session(
-                run, ray, emit, deaths, deadline, stop, local=local, first=first
+                run, stage, ray, emit, deaths, deadline, stop, local=local, first=first
             )
         except Exception as fault:
             restarts.after(fault)
@@ -129,8 +135,7 @@ def run_trials(
             break
         # Only trials whose process died are left, and each may be tried again.
         emit(Note(f"{unfinished} trials are started again: their processes died"))
-    # Trials under way were not told to the study: it is written anew from the ledger.
-    rebuild_study(folder.study, spec, records)
+    stage.conclude(records)
     done = trials - unfinished
     if stop.asked is not None:
         raise stop.interruption(done, trials)
@@ -142,6 +147,7 @@ def run_trials(
 
 def _run_session(
     run: SearchRun,
+    stage: Stage,
     ray: Any,
     emit: EventSink,
     deaths: Counter[int],
@@ -153,26 +159,30 @@ def _run_session(
 ) -> tuple[Recorder, SessionFigures]:
     """Run the trials that have no record yet in one experiment of Ray Tune."""
     spec, folder = run.spec, run.folder
-    known = Ledger(folder.ledger).records()
-    remaining = remaining_trials(spec.search.trials, known)
-    plans = plan_engines(nodes_of(ray), spec.resources, emit, local=local)
+    known = Ledger(stage.ledger).records()
+    remaining = remaining_trials(stage.total, known)
+    trainings = max(1, len(stage.members))
+    plans = plan_engines(nodes_of(ray), spec.resources, emit, local=local, members=trainings)
     in_flight = min(sum(plan.room for plan in plans), remaining)
     if first:
         emit(
             SearchStarted(
                 name=folder.name,
                 run_dir=folder.place,
-                trials=spec.search.trials,
+                trials=stage.total,
                 epochs=spec.training.epochs,
                 concurrency=min(sum(plan.slots for plan in plans), remaining),
                 finished=len(known),
                 dashboard_url=_dashboard_url(ray),
+                stage=stage.name,
+                trainings=trainings,
             )
         )
     recorder = Recorder(
         folder,
+        stage.ledger,
         known,
-        total=spec.search.trials,
+        total=stage.total,
         max_epochs=spec.training.epochs,
         max_deaths=spec.search.max_failures,
         deaths=deaths,
@@ -180,9 +190,17 @@ def _run_session(
         emit=emit,
         stop=stop,
     )
-    work = Work(folder.name, spec.training, folder.trials, checkpoint_header(run), folder.mirror)
-    with running_engines(ray, plans, work, search_arrays(run), in_flight) as engines:
-        _fit(run, recorder, known, engines, in_flight, deadline, stop, ray=ray, emit=emit)
+    work = Work(
+        run=folder.name,
+        training=spec.training,
+        folder=folder.trials,
+        header=checkpoint_header(run),
+        trainings=expected_trainings(spec, in_flight, trainings),
+        mirror=folder.mirror,
+        slots=spec.resources.slots,
+    )
+    with running_engines(ray, plans, work, stage.arrays(), in_flight) as engines:
+        _fit(run, stage, recorder, known, engines, in_flight, deadline, stop, ray=ray, emit=emit)
         leaving = stop.asked is not None or recorder.broken is not None
         figures = engines.close(
             len(recorder.records) - len(known),
@@ -193,6 +211,7 @@ def _run_session(
 
 def _fit(
     run: SearchRun,
+    stage: Stage,
     recorder: Recorder,
     known: list[TrialRecord],
     engines: RunningEngines,
@@ -205,20 +224,14 @@ def _fit(
 ) -> None:
     """Let Ray Tune run light trials, `in_flight` at a time, that ask the engines to train."""
     spec, folder = run.spec, run.folder
-    finished = {record.number for record in known}
-    started = sorted(folder.read_started().items())
-    # Also where no trial has begun: a killed driver may have left a study with one in it.
-    rebuild_study(folder.study, spec, known)
-    searcher = StudySearch(spec, folder.study, workers=in_flight)
-    searcher.prime(known, [(n, c) for n, c in started if n not in finished])
-    scheduler = make_scheduler(spec, stop)
-    scheduler.prime(known)
+    searcher, scheduler = stage.begin(known, in_flight, stop)
     plan = TrialPlan(
-        rungs=tuple(rungs(spec)),
+        rungs=stage.rungs,
         seed=spec.training.seed,
         backend=functools.partial(EngineBackend, engines.dispatcher, spec.search.max_failures),
         environment={},
-        members=search_members(spec),
+        members=stage.members,
+        keep_members=stage.keep_members,
     )
     trainable = tune.with_resources(
         tune.with_parameters(SearchTrial, plan=plan, roster=engines.dispatcher),
@@ -231,7 +244,7 @@ def _fit(
             mode="min",
             search_alg=searcher,
             scheduler=scheduler,
-            num_samples=remaining_trials(spec.search.trials, known),
+            num_samples=remaining_trials(stage.total, known),
             max_concurrent_trials=in_flight,
             reuse_actors=True,
             time_budget_s=None if deadline is None else max(1.0, deadline - time.monotonic()),
@@ -239,7 +252,7 @@ def _fit(
             trial_dirname_creator=_trial_name,
         ),
         run_config=tune.RunConfig(
-            name=f"session-{len(list(folder.tune.glob('session-*'))) + 1}",
+            name=f"{stage.sessions}-{len(list(folder.tune.glob(f'{stage.sessions}-*'))) + 1}",
             storage_path=str(folder.tune),
             # In this order: a trial has its record before its engine lets go of it.
             callbacks=[recorder, EngineWatch(ray, engines.dispatcher, emit)],

@@ -172,15 +172,6 @@ class SearchOptions(_Section):
     default_first: StrictBool = True
 
 
-def _only(value: int, what: str) -> AfterValidator:
-    def check(given: int) -> int:
-        if given != value:
-            raise PydanticCustomError("unsupported", f"{what}: this version supports {value} only")
-        return given
-
-    return AfterValidator(check)
-
-
 class EvaluationSpec(_Section):
     """How a configuration is measured.
 
@@ -191,21 +182,71 @@ class EvaluationSpec(_Section):
         training and validation rows, whole groups of ``split.by``.
     seeds
         Each trial trains with so many seeds, from ``training.seed`` on.
+    finalists
+        The best so many configurations are trained once more, on folds of the training
+        and validation rows; the documented default is always among them. 0: the winner is
+        the trial with the lowest objective.
+    finalist_folds, finalist_seeds
+        Folds, and seeds on each of them.
+    ensemble
+        The members of the best so many finalists make an ensemble; 0: none is made.
+
+    A search whose trials have several members ends with finalists in any case: its best
+    configuration and the documented default, on the same folds.
     """
 
     folds: Annotated[Whole, Field(ge=1, le=100)] = 1
     seeds: Annotated[Whole, Field(ge=1, le=100)] = 1
-    finalists: Annotated[Whole, _only(0, "a stage of finalists")] = 0
+    finalists: Annotated[Whole, Field(ge=0, le=1000)] = 0
+    finalist_folds: Annotated[Whole, Field(ge=2, le=100)] = 5
+    finalist_seeds: Annotated[Whole, Field(ge=1, le=100)] = 3
+    ensemble: Annotated[Whole, Field(ge=0, le=1000)] = 3
+
+    @field_validator("finalists")
+    @classmethod
+    def _none_or_several(cls, finalists: int) -> int:
+        if finalists == 1:
+            raise PydanticCustomError(
+                "finalists", "must be 0 or at least 2: the documented default is one of them"
+            )
+        return finalists
+
+    @property
+    def final_plan(self) -> tuple[int, int, int]:
+        """Finalists, folds and seeds on each fold; no finalists: 0, 1, 1."""
+        if self.finalists:
+            return self.finalists, self.finalist_folds, self.finalist_seeds
+        if self.folds > 1 or self.seeds > 1:
+            return 2, self.folds, self.seeds
+        return 0, 1, 1
 
 
 class ResourceSpec(_Section):
-    """What a trial may use, and how many run at a time (None: what the machine holds)."""
+    """What a trial may use, and how many are trained at a time.
+
+    Attributes
+    ----------
+    workers
+        Trials trained at a time, by all engines together; None for what the machine or the
+        cluster holds. With 1 there is one trial in flight, and every sampler repeats itself.
+    cpus_per_trial
+        CPUs that are reserved for each.
+    gpus_per_trial
+        0 trains on CPUs, anything else on GPUs: of a fraction as many trials at a time on
+        each as it allows.
+    slots
+        Trainings side by side in a program on a GPU; None for what a calibration finds. At
+        least so many trials are in flight on each GPU that they can fill them.
+    """
 
     workers: Annotated[Annotated[Whole, Field(ge=1, le=10_000)] | None, BeforeValidator(_auto)] = (
         None
     )
     cpus_per_trial: Annotated[Real, Field(gt=0)] = 1.0
     gpus_per_trial: Annotated[Real, Field(ge=0)] = 0.0
+    slots: Annotated[Annotated[Whole, Field(ge=1, le=100_000)] | None, BeforeValidator(_auto)] = (
+        None
+    )
 
     @field_validator("gpus_per_trial")
     @classmethod

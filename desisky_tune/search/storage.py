@@ -6,9 +6,10 @@ of its own, and so is a trial that was handed out::
     URL/<name>/
       search.json  features.parquet
       ledger/00017.json      the record of a finished trial: the truth that a resume goes by
+      finalists/00040.json   likewise, of a finalist
       started/00017.json     the configuration of a trial that was handed out
       trials/                states and checkpoints, put there by whoever trains
-      ledger.jsonl  trials.parquet  curves.parquet  evaluation.json  best/   at the end
+      ledger.jsonl  trials.parquet  curves.parquet  evaluation.json  best/  ...   at the end
 
 Everything else (the study, what Ray Tune writes) is made anew from these wherever the run is
 taken up. The copy is a folder of one process, on its own machine, and goes with it.
@@ -37,8 +38,17 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 #: What a run is opened with; states and checkpoints are fetched when they are wanted.
-_OPENED_WITH = ("search.json", "evaluation.json", "features.parquet", "trials.parquet",
-                "curves.parquet", "best/", "report/")  # fmt: skip
+_OPENED_WITH = (
+    "search.json",
+    "features.parquet",
+    "trials.parquet",
+    "curves.parquet",
+    "evaluation.json",
+    "best/",
+    "report/",
+    "ensemble/",
+    "out_of_fold",
+)
 
 
 @dataclass(frozen=True)
@@ -175,9 +185,9 @@ class RunMirror:
         for place in places:
             if place.startswith(_OPENED_WITH):
                 self.fetch(self.folder / place)
-        for kind in ("ledger", "started"):
+        for kind in ("ledger", "finalists", "started"):
             lines = [self.read(place) or b"" for place in places if place.startswith(f"{kind}/")]
-            if kind == "ledger":
+            if kind != "started":
                 lines.sort(key=_ended)
             with atomic_path(self.folder / f"{kind}.jsonl") as temporary:
                 temporary.write_bytes(b"".join(lines))

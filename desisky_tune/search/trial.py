@@ -38,6 +38,8 @@ class TrialPlan:
         Set in the trial's process before JAX is imported there.
     members
         What each trial trains, where it is more than one training.
+    keep_members
+        Whether the weights of each training are kept.
     """
 
     rungs: tuple[int, ...]
@@ -45,6 +47,7 @@ class TrialPlan:
     backend: Callable[[], Backend]
     environment: Mapping[str, str]
     members: tuple[Member, ...] = ()
+    keep_members: bool = False
 
 
 class SearchTrial(tune.Trainable):
@@ -86,7 +89,12 @@ class SearchTrial(tune.Trainable):
             self._roster = None
         self._epochs = progress.epochs
         done = progress.failed or progress.epochs >= self._plan.rungs[-1]
-        return {**progress.as_result(self._plan.rungs), "seed": self._plan.seed, "done": done}
+        return {
+            **progress.as_result(self._plan.rungs),
+            "seed": self._plan.seed,
+            "members": len(self._assignment.trainings),
+            "done": done,
+        }
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Release the trial that was, and begin the next in the same process."""
@@ -107,6 +115,10 @@ class SearchTrial(tune.Trainable):
     def _begin(self, config: dict[str, Any]) -> None:
         configuration = {name: value for name, value in config.items() if name != "trial"}
         self._assignment = Assignment(
-            int(config["trial"]), configuration, self._plan.seed, self._plan.members
+            int(config["trial"]),
+            configuration,
+            self._plan.seed,
+            self._plan.members,
+            self._plan.keep_members,
         )
         self._epochs = 0

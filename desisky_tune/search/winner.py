@@ -1,4 +1,4 @@
-"""The winner: chosen on the validation rows, written, read back, measured.
+"""The winner: written, read back, measured beside the baselines.
 
 This is the only place that reads the test rows, and it reads them once: after the
 winner's file stands. What was measured is kept in `evaluation.json`; a run that is
@@ -6,36 +6,65 @@ resumed after its end reads them no second time.
 
 An evaluation is a JSON object::
 
-    {"winner": 17, "v_derived": true,
+    {"winner": 17, "v_derived": true, "validated_on": "split" | "folds",
      "rows": {"train": .., "validation": .., "test": ..}, "nights": {...},
-     "figures": {"winner" | "default" | "classical" | "constant":
-       {"validation" | "test": {"V": .., "g": .., "r": .., "z": .., "mean": .., "mean_grz": ..}}}}
+     "figures": {MODEL: {"validation" | "test":
+       {"V": .., "g": .., "r": .., "z": .., "mean": .., "mean_grz": ..}}},
+     "intervals": {MODEL: {"validation" | "test": {"V": [low, high], ...}}},
+     "against_default": {"test": {"mean": {"difference": .., "interval": [..]}, ...}}}
 
-with every figure an RMSE in magnitudes.
+with every figure an RMSE in magnitudes, and every interval one of 95 % over resampled
+nights. A MODEL is ``winner``, ``default`` (the documented default, trained alike),
+``ensemble`` (the best finalists' members, with ``coverage_90`` under ``ensemble``),
+``classical``, ``constant``, and ``trees`` where scikit-learn is installed.
+
+``validated_on`` says what ``validation`` means. ``split``: the validation rows, by models
+of the training rows. ``folds``: the training and validation rows, each by models of the
+other folds; the winner and the baselines were then fitted to all of these rows before they
+met the test rows. There are then also ``final_fit`` (epochs, seed, rows, and the RMSE on the
+rows that were fitted) and ``finalists``, their board.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from desisky_tune.data.columns import BANDS, TARGETS
 from desisky_tune.errors import SearchError
 from desisky_tune.inference import Predictor
-from desisky_tune.models.classical import ClassicalModel, ConstantModel
+from desisky_tune.inference.bootstrap import Floats
+from desisky_tune.inference.ensemble import INDEX, EnsemblePredictor
+from desisky_tune.search.accuracy import (
+    difference,
+    figures_of,
+    intervals_of,
+    squared_residuals,
+)
+from desisky_tune.search.baselines import Predict, fit_baselines
+from desisky_tune.search.ensemble import (
+    best_numbers,
+    describe_ensemble,
+    ensemble_out_of_fold,
+    write_ensemble,
+)
 from desisky_tune.search.export import export_trial
+from desisky_tune.search.final_fit import fit_of, fitted_rows, write_final_fit
+from desisky_tune.search.finalists import (
+    Final,
+    Finalist,
+    OutOfFold,
+    baselines_out_of_fold,
+    write_out_of_fold,
+)
 from desisky_tune.search.folder import write_json
 from desisky_tune.search.space import default_configuration
-from desisky_tune.training.metrics import band_rmse
+from desisky_tune.search.trial_files import final_path
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from desisky_tune.data.features import FeatureTable
-    from desisky_tune.data.splits import Split
     from desisky_tune.search.origin import SearchRun
     from desisky_tune.search.records import TrialRecord
 
@@ -43,11 +72,12 @@ if TYPE_CHECKING:
 #: folding the scaling into the weights rounds them once more to float32.
 FOLDING_TOLERANCE = 2e-3
 
-Predict = Callable[["pd.DataFrame"], np.ndarray]
+#: Squared residuals (mag^2) by model, ``(n, 4)`` or ``(seeds, n, 4)``.
+Errors = dict[str, Floats]
 
 
 def crown(run: SearchRun, winner: TrialRecord, records: list[TrialRecord]) -> dict[str, Any]:
-    """Write the winner's checkpoint, read it back, and measure it and the baselines.
+    """Write the winner of a search without finalists, read it back, measure it.
 
     Returns
     -------
@@ -59,77 +89,178 @@ def crown(run: SearchRun, winner: TrialRecord, records: list[TrialRecord]) -> di
     SearchError
         When the file read back does not give the figures that the trial reported.
     """
-    folder, table, split = run.folder, run.table, run.split
-    known = json.loads(folder.evaluation.read_text()) if folder.evaluation.exists() else {}
-    if known.get("winner") != winner.number or not folder.best.exists():
-        export_trial(folder.path, folder.best, trial=winner.number)
-    if known.get("winner") == winner.number:
-        return dict(known)
-    models = _models(run, records)
-    figures: dict[str, dict[str, Any]] = {
-        name: {"validation": _figures(model, table, split.validation)}
-        for name, model in models.items()
+    known = _known(run, winner.number)
+    if known is None or not run.folder.best.exists():
+        export_trial(run.folder.path, run.folder.best, trial=winner.number)
+    if known is not None:
+        return known
+    networks = {"winner": run.folder.best}
+    default = next((each for each in records if _is_default(each)), None)
+    if default is not None:
+        networks["default"] = run.folder.trials / "default.eqx"
+        export_trial(run.folder.path, networks["default"], trial=default.number)
+    models = {name: Predictor.load(path).predict for name, path in networks.items()}
+    models |= fit_baselines(run, run.split.train)
+    rows = run.split.validation
+    errors = {name: squared_residuals(run, model, rows) for name, model in models.items()}
+    _check(run, figures_of(errors["winner"])["mean"], winner)
+    return _conclude(run, winner.number, models, errors, rows, {"validated_on": "split"})
+
+
+def crown_finalist(run: SearchRun, final: Final) -> dict[str, Any]:
+    """Fit the finalists' winner to all rows but the test rows, write it, measure it.
+
+    Returns
+    -------
+    dict
+        The evaluation, also in `evaluation.json`.
+
+    Raises
+    ------
+    SearchError
+        When the files read back do not give the figures that the trials reported, or the
+        final fit diverged.
+    """
+    winner, default = final.winner, final.default
+    number = winner.number if winner.trial is None else winner.trial
+    known = _known(run, number)
+    networks = {"winner": winner} if default is None else {"winner": winner, "default": default}
+    for finalist in networks.values():
+        _write_fit(run, final, finalist)
+    if known is None or not run.folder.best.exists():
+        export_trial(run.folder.path, run.folder.best, trial=winner.number)
+    if known is not None:
+        return known
+    files = {name: final_path(run.folder.trials, each.number) for name, each in networks.items()}
+    files["winner"] = run.folder.best
+    models = {name: Predictor.load(path).predict for name, path in files.items()}
+    by_fold = {name: final.errors[each.number] for name, each in networks.items()}
+    ensemble = _write_ensemble(run, final)
+    if ensemble is not None:
+        models["ensemble"] = EnsemblePredictor.load(run.folder.ensemble).predict
+        by_fold["ensemble"] = ensemble
+    models |= fit_baselines(run, fitted_rows(run))
+    record = final.records[winner.number]
+    errors: Errors = {name: each.squared for name, each in by_fold.items()}
+    _check(run, figures_of(errors["winner"])["mean"], record)
+    by_fold |= baselines_out_of_fold(run)
+    errors |= {name: each.squared for name, each in by_fold.items()}
+    write_out_of_fold(run, by_fold)
+    validated = {
+        "validated_on": "folds",
+        "finalists": final.as_dicts(),
+        **_fit_figures(run, record, models),
+        **_ensemble_figures(run, ensemble),
     }
-    reread = figures["winner"]["validation"]["mean"]
-    if abs(reread - float(winner.objective or np.nan)) > FOLDING_TOLERANCE:
-        raise SearchError(
-            f"{folder.best}: read back, it has an RMSE of {reread:.5f} mag on the validation "
-            f"rows; trial {winner.number} reported {winner.objective:.5f}"
-        )
-    _measure_on_test(models, table, split, figures)
+    rows = final.errors[winner.number].rows
+    return _conclude(run, number, models, errors, rows, validated)
+
+
+def _conclude(
+    run: SearchRun,
+    winner: int,
+    models: Mapping[str, Predict],
+    errors: Errors,
+    rows: np.ndarray,
+    validated: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Measure on the test rows, and write the evaluation."""
+    tested = _measure_on_test(run, models)
+    split, nights = run.split, run.table.frame["NIGHT"]
     parts = {"train": split.train, "validation": split.validation, "test": split.test}
-    nights = table.frame["NIGHT"]
     evaluation = {
-        "winner": winner.number,
-        "checkpoint": str(folder.best.relative_to(folder.path)),
-        "v_derived": table.v_derived,
-        "rows": {part: len(rows) for part, rows in parts.items()},
-        "nights": {part: int(nights.iloc[rows].nunique()) for part, rows in parts.items()},
-        "figures": figures,
+        "winner": winner,
+        "checkpoint": str(run.folder.best.relative_to(run.folder.path)),
+        "v_derived": run.table.v_derived,
+        "rows": {part: len(each) for part, each in parts.items()},
+        "nights": {part: int(nights.iloc[each].nunique()) for part, each in parts.items()},
+        "figures": {
+            name: {"validation": figures_of(errors[name]), "test": figures_of(tested[name])}
+            for name in models
+        },
+        "intervals": {
+            name: {
+                "validation": intervals_of(errors[name], nights.iloc[rows]),
+                "test": intervals_of(tested[name], nights.iloc[split.test]),
+            }
+            for name in models
+        },
+        **(
+            {
+                "against_default": {
+                    "test": difference(tested["winner"], tested["default"], nights.iloc[split.test])
+                }
+            }
+            if "default" in tested
+            else {}
+        ),
+        **validated,
     }
-    write_json(folder.evaluation, evaluation)
+    write_json(run.folder.evaluation, evaluation)
     return evaluation
 
 
-def _measure_on_test(
-    models: Mapping[str, Predict],
-    table: FeatureTable,
-    split: Split,
-    figures: dict[str, dict[str, Any]],
-) -> None:
+def _measure_on_test(run: SearchRun, models: Mapping[str, Predict]) -> Errors:
     """Read the test rows: once per run, after the winner was chosen and written."""
-    for name, model in models.items():
-        figures[name]["test"] = _figures(model, table, split.test)
+    return {name: squared_residuals(run, model, run.split.test) for name, model in models.items()}
 
 
-def _models(run: SearchRun, records: list[TrialRecord]) -> dict[str, Predict]:
-    """The winner and what it is held against, fitted on the training rows alone."""
-    folder = run.folder
-    train = run.table.frame.iloc[run.split.train]
-    targets = _targets(train)
-    models: dict[str, Predict] = {"winner": Predictor.load(folder.best).predict}
-    documented = default_configuration()
-    for record in records:
-        if record.state == "COMPLETE" and record.configuration == documented:
-            path = folder.trials / "default.eqx"
-            export_trial(folder.path, path, trial=record.number)
-            models["default"] = Predictor.load(path).predict
-            break
-    models["classical"] = ClassicalModel.fit(train, targets).predict
-    models["constant"] = ConstantModel.fit(train, targets).predict
-    return models
+def _known(run: SearchRun, winner: int) -> dict[str, Any] | None:
+    """Return the evaluation that the run has already; None where it is another winner's."""
+    path = run.folder.evaluation
+    content = json.loads(path.read_text()) if path.exists() else {}
+    return dict(content) if content.get("winner") == winner else None
 
 
-def _figures(model: Predict, table: FeatureTable, rows: np.ndarray) -> dict[str, float]:
-    frame = table.frame.iloc[rows]
-    rmse = band_rmse(np.asarray(model(frame), dtype=float), _targets(frame))
-    by_band = {band: float(value) for band, value in zip(BANDS, rmse, strict=True)}
+def _is_default(record: TrialRecord) -> bool:
+    return record.state == "COMPLETE" and record.configuration == default_configuration()
+
+
+def _check(run: SearchRun, reread: float, record: TrialRecord) -> None:
+    """See that files read back give what their trial reported."""
+    if abs(reread - float(record.objective or np.nan)) > FOLDING_TOLERANCE:
+        raise SearchError(
+            f"{run.folder.best}: read back, it has an RMSE of {reread:.5f} mag on the validation "
+            f"rows; trial {record.number} reported {record.objective:.5f}"
+        )
+
+
+def _write_fit(run: SearchRun, final: Final, finalist: Finalist) -> None:
+    path = final_path(run.folder.trials, finalist.number)
+    if not path.exists():
+        origin = {"trial": finalist.trial, "finalist": finalist.number}
+        write_final_fit(run, fit_of(final.records[finalist.number], origin), path)
+
+
+def _write_ensemble(run: SearchRun, final: Final) -> OutOfFold | None:
+    """Write the ensemble; return what its members make of rows that they did not see."""
+    count = run.spec.evaluation.ensemble if run.spec.evaluation.finalists else 0
+    if not count:
+        return None
+    if not run.folder.ensemble.exists():
+        write_ensemble(run, final, count, run.folder.ensemble)
+    unseen = ensemble_out_of_fold(final, best_numbers(final, count))
+    return replace(unseen, predictions=unseen.predictions.mean(axis=0, keepdims=True))
+
+
+def _ensemble_figures(run: SearchRun, ensemble: OutOfFold | None) -> dict[str, Any]:
+    if ensemble is None:
+        return {}
+    index = json.loads((run.folder.ensemble / INDEX).read_text())
+    return {"ensemble": describe_ensemble(index)}
+
+
+def _fit_figures(
+    run: SearchRun, record: TrialRecord, models: Mapping[str, Predict]
+) -> dict[str, Any]:
+    """Describe the winner's final fit, and what it makes of the rows that it was fitted to."""
+    fitted = fitted_rows(run)
+    assert record.best_epoch is not None
     return {
-        **by_band,
-        "mean": float(np.mean(rmse)),
-        "mean_grz": float(np.mean([by_band[band] for band in ("g", "r", "z")])),
+        "final_fit": {
+            "epochs": record.best_epoch + 1,
+            "seed": record.seed,
+            "rows": len(fitted),
+            "rmse": figures_of(squared_residuals(run, models["winner"], fitted)),
+        }
     }
-
-
-def _targets(frame: pd.DataFrame) -> np.ndarray:
-    return frame[list(TARGETS)].to_numpy(dtype=float)

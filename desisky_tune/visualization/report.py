@@ -32,6 +32,7 @@ from desisky_tune.visualization.style import NAMES, UNITS
 from desisky_tune.visualization.winner import MODELS, Predictions, band_name
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
     from desisky_tune.search.loaded import LoadedRun
@@ -116,6 +117,9 @@ def _predictions(run: LoadedRun) -> tuple[Predictions, moon.MoonMap]:
     """The winner and the classical model on the validation rows, and the map."""
     train, validation = run.rows("train"), run.rows("validation")
     predictor = Predictor.load(run.checkpoint)
+    by_fold = run.out_of_fold()
+    if by_fold is not None:
+        return _predictions_by_fold(run, predictor, by_fold)
     classical = ClassicalModel.fit(train, train[list(TARGETS)].to_numpy(dtype=float))
     assert run.evaluation is not None
     data = Predictions(
@@ -135,6 +139,33 @@ def _predictions(run: LoadedRun) -> tuple[Predictions, moon.MoonMap]:
                 "evaluation.json; checkpoint, rows and evaluation do not belong together"
             )
     return data, moon.moon_map(train, predictor.predict)
+
+
+def _predictions_by_fold(
+    run: LoadedRun, predictor: Predictor, rows: pd.DataFrame
+) -> tuple[Predictions, moon.MoonMap]:
+    """What the finalists' folds gave: rows that no training had seen.
+
+    The checkpoint was fitted to these rows; it has to give the RMSE that it had then.
+    """
+    assert run.evaluation is not None
+    observed = rows[list(TARGETS)].to_numpy(dtype=float)
+    rmse = np.sqrt(np.mean((predictor.predict(rows) - observed) ** 2, axis=0))
+    known = run.evaluation["final_fit"]["rmse"]
+    away = float(np.abs(rmse - [known[band] for band in BANDS]).max())
+    if not away <= TOLERANCE:
+        raise RunError(
+            f"{run.path}: the winner is {away:.4f} mag away from its RMSE in "
+            "evaluation.json; checkpoint, rows and evaluation do not belong together"
+        )
+    data = Predictions(
+        frame=rows,
+        observed=observed,
+        winner=rows[[f"winner_{band}" for band in BANDS]].to_numpy(dtype=float),
+        classical=rows[[f"classical_{band}" for band in BANDS]].to_numpy(dtype=float),
+        v_derived=bool(run.evaluation["v_derived"]),
+    )
+    return data, moon.moon_map(rows, predictor.predict)
 
 
 def _figures(

@@ -30,8 +30,10 @@ _MOST_NAMED_NIGHTS = 24
 MODELS: Mapping[str, str] = {
     "winner": "winner",
     "default": "documented default",
+    "ensemble": "ensemble",
     "classical": "classical model",
     "constant": "constant",
+    "trees": "boosted trees",
 }
 
 
@@ -83,7 +85,7 @@ def plot_comparison(figures: Mapping[str, Mapping[str, Any]], v_derived: bool) -
         True where V was derived from g and r.
     """
     shown = [(name, title) for name, title in MODELS.items() if name in figures]
-    colours = (INK, BAND_COLOURS["g"], BAND_COLOURS["r"], GUIDE)
+    colours = (INK, *(BAND_COLOURS[band] for band in ("g", "V", "r")), GUIDE, BAND_COLOURS["z"])
     offsets = np.linspace(-0.27, 0.27, len(shown))
     with panel(3.6) as figure:
         axes = figure.subplots()

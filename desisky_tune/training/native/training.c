@@ -432,27 +432,39 @@ static double residuals(const Training *t, Scratch *s, const int32_t *order, int
                         int64_t count, int64_t panels) {
     const int64_t high = unit_pitch(t->outputs);
     const float share = 1.0f / (float)(count * t->outputs), delta = (float)t->delta;
+    float losses[PANEL] = {0};
     double total = 0;
     memset(s->signal[0], 0, (size_t)(panels * high * PANEL) * sizeof(float));
-    for (int64_t i = 0; i < count; i++) {
-        const float *y = t->y + (order ? order[start + i] : start + i) * t->outputs;
+    for (int64_t from = 0; from < count; from += PANEL) {
+        const int64_t rows = smaller(PANEL, count - from);
+        float seen[PANEL * t->outputs];
+        memset(seen, 0, sizeof seen);
+        for (int64_t i = 0; i < rows; i++) {
+            const int64_t row = order ? order[start + from + i] : start + from + i;
+            for (int64_t o = 0; o < t->outputs; o++) seen[o * PANEL + i] = t->y[row * t->outputs + o];
+        }
         for (int64_t o = 0; o < t->outputs; o++) {
-            const int64_t at = i / PANEL * high * PANEL + o * PANEL + i % PANEL;
-            const float r = s->output[at] * t->target_sd[o] + t->target_mean[o] - y[o];
-            const float size = fabsf(r);
-            float slope;
-            if (t->loss == L2) {
-                total += (double)(r * r);
-                slope = 2 * r;
-            } else {
-                /* Not fminf: a residual that is no number must stay one. */
-                const float cut = size > delta ? delta : size;
-                total += (double)(cut * (size - 0.5f * cut));
-                slope = r > delta ? delta : r < -delta ? -delta : r;
-            }
-            s->signal[0][at] = slope * share * t->target_sd[o];
+            const int64_t at = from * high + o * PANEL;
+            const float mean = t->target_mean[o], sd = t->target_sd[o], factor = share * sd;
+            const float *output = s->output + at, *observed = seen + o * PANEL;
+            float *signal = s->signal[0] + at;
+            if (t->loss == L2)
+                for (int64_t i = 0; i < rows; i++) {
+                    const float r = output[i] * sd + mean - observed[i];
+                    losses[i] += r * r;
+                    signal[i] = 2 * r * factor;
+                }
+            else
+                for (int64_t i = 0; i < rows; i++) {
+                    const float r = output[i] * sd + mean - observed[i], size = fabsf(r);
+                    /* Not fminf: a residual that is no number must stay one. */
+                    const float cut = size > delta ? delta : size;
+                    losses[i] += cut * (size - 0.5f * cut);
+                    signal[i] = copysignf(cut, r) * factor;
+                }
         }
     }
+    for (int i = 0; i < PANEL; i++) total += (double)losses[i];
     return total / (double)(count * t->outputs);
 }
 

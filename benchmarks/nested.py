@@ -1,0 +1,566 @@
+"""Does choosing help on nights that no stage saw? Nested, on the SV1 exposures.
+
+Outer folds hold out whole nights. On the others everything is done as in a search, without
+Ray: a random search on one holdout, finalists on folds and seeds, final fits, the ensemble,
+a transfer, the baselines. Every model then predicts the nights held out. The draw of the
+outer folds is repeated; all comparisons are paired.
+
+Figure of merit: squared errors pooled over the outer folds per band, then RMSE, then the
+mean of the bands; the epoch of every network is fixed without the nights that it is scored
+on. Each finished outer fold is a line of the file of `--out`: what is there already is not
+trained again.
+
+    python benchmarks/nested.py --out nested.jsonl --repeats 10 --processes 2
+    python benchmarks/nested.py --out nested.jsonl --report-only
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _machine import describe
+from scipy import stats
+
+from desisky_tune.data.columns import BANDS, EXPOSURE_ID, NIGHT, TARGETS
+from desisky_tune.data.features import load_features
+from desisky_tune.data.splits import make_folds
+from desisky_tune.files import append_line
+from desisky_tune.inference.bootstrap import interval, night_weights, resampled_rmse
+
+#: How the models are called, in the order of the table.
+LABELS: Mapping[str, str] = {
+    "winner": "finalists' winner, fitted to all rows",
+    "ensemble": "ensemble of the best finalists' members",
+    "single": "best single validation score",
+    "transfer": "transfer: pretrained on the classical model, fine-tuned",
+    "default": "documented default, scaled, trained like the winner",
+    "default_single": "documented default, scaled, on the holdout",
+    "default_raw": "documented default, raw inputs, on the holdout",
+    "trees": "gradient-boosted trees",
+    "classical": "classical model",
+    "constant": "constant",
+}
+#: What the others are compared with.
+REFERENCE = "default"
+
+#: What must agree between the lines of a file.
+SETTINGS = ("outer", "trials", "epochs", "finalists", "folds", "seeds", "members", "space")
+
+
+def main() -> None:
+    """Train what is missing, and print the tables."""
+    options = parsed()
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    known = {(line["repeat"], line["fold"]) for line in read_lines(options.out, settings)}
+    cells = [
+        (repeat, fold)
+        for repeat in range(options.repeats)
+        for fold in range(options.outer)
+        if (repeat, fold) not in known
+    ]
+    print(describe(["desisky_tune", "jax", "equinox", "scikit-learn"]), end="\n\n", flush=True)
+    if not options.report_only and cells:
+        train_cells(cells, settings, options.out, options.processes)
+    lines = [line for line in read_lines(options.out, settings) if line["repeat"] < options.repeats]
+    print(report(lines, settings))
+
+
+def parsed() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("nested.jsonl"))
+    parser.add_argument("--repeats", type=int, default=10, help="draws of the outer folds")
+    parser.add_argument("--outer", type=int, default=5, help="outer folds")
+    parser.add_argument("--trials", type=int, default=24, help="of the random search")
+    parser.add_argument("--epochs", type=int, default=300)
+    parser.add_argument("--finalists", type=int, default=5)
+    parser.add_argument("--folds", type=int, default=5, help="of the finalists")
+    parser.add_argument("--seeds", type=int, default=2, help="of the finalists")
+    parser.add_argument("--members", type=int, default=3, help="finalists in the ensemble")
+    parser.add_argument("--space", default="quick")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--report-only", action="store_true")
+    return parser.parse_args()
+
+
+def read_lines(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the finished cells of a file; a last line that was cut off is none."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if line["settings"] != dict(settings):
+            raise SystemExit(f"{path}: made with {line['settings']}; give another --out")
+        lines.append(line)
+    return lines
+
+
+def train_cells(
+    cells: list[tuple[int, int]], settings: Mapping[str, Any], out: Path, processes: int
+) -> None:
+    """Train every cell, each in one process, and append it when it is done."""
+    context = multiprocessing.get_context("spawn")
+    began = time.perf_counter()
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        waiting = [pool.submit(train_cell, *cell, dict(settings)) for cell in cells]
+        for done, future in enumerate(as_completed(waiting), start=1):
+            append_line(out, json.dumps(future.result()))
+            pace = (time.perf_counter() - began) / done
+            left = pace * (len(cells) - done)
+            print(f"{done} of {len(cells)} outer folds, about {left:.0f} s left", flush=True)
+    print(flush=True)
+
+
+# --- one outer fold ------------------------------------------------------------------------------
+
+
+def train_cell(repeat: int, fold: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Search, choose and fit without one outer fold's nights, and predict them."""
+    import os
+    import tempfile
+
+    from desisky_tune.search.local import process_environment
+
+    os.environ.update(process_environment(gpu=False))
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="desisky-tune-nested-") as folder:
+        predictions, promised, chosen = Cell(Path(folder), repeat, fold, settings).outcome()
+    rows = load_features().frame.iloc[outer_fold(repeat, fold, settings)[1]]
+    return {
+        "repeat": repeat,
+        "fold": fold,
+        "settings": dict(settings),
+        "exposures": rows[EXPOSURE_ID].tolist(),
+        "predictions": {name: np.round(each, 5).tolist() for name, each in predictions.items()},
+        "promised": promised,
+        "chosen": chosen,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def outer_fold(
+    repeat: int, fold: int, settings: Mapping[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows to work with and the rows to score on: no night is in both."""
+    frame = load_features().frame
+    return make_folds(frame, np.arange(len(frame)), folds=settings["outer"], seed=repeat)[fold]
+
+
+class Cell:
+    """A search on the nights of one outer fold's complement."""
+
+    def __init__(self, folder: Path, repeat: int, fold: int, settings: Mapping[str, Any]) -> None:
+        from desisky_tune.data.splits import Split
+        from desisky_tune.search.folder import RunFolder
+        from desisky_tune.search.origin import SearchRun, write_run
+        from desisky_tune.search.space import load_spec
+
+        self.seed = 1000 * repeat + fold
+        self.members = settings["members"]
+        spec = load_spec(
+            settings["space"],
+            (
+                f"search.trials={settings['trials']}",
+                f"training.epochs={settings['epochs']}",
+                f"evaluation.finalists={settings['finalists']}",
+                f"evaluation.finalist_folds={settings['folds']}",
+                f"evaluation.finalist_seeds={settings['seeds']}",
+                f"split.seed={self.seed}",
+            ),
+        )
+        table = load_features()
+        inside, scored = outer_fold(repeat, fold, settings)
+        # As in a search of the shipped spaces: a quarter of the rows to choose on.
+        train, validation = make_folds(table.frame, inside, folds=4, seed=self.seed)[0]
+        split = Split(train, validation, scored, NIGHT, self.seed, (0.6, 0.2, 0.2))
+        self.run = SearchRun(RunFolder.create(folder, "cell", exact=True), spec, table, split)
+        write_run(self.run)
+
+    def outcome(self) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]:
+        """Return predictions by model, what was promised, and what was chosen."""
+        from desisky_tune.inference import Predictor
+        from desisky_tune.search.baselines import fit_baselines
+        from desisky_tune.search.final_fit import fit_of, fitted_rows, write_final_fit
+        from desisky_tune.search.local import checkpoint_path, final_path, member_path
+        from desisky_tune.search.records import best_record
+
+        run, trials = self.run, self.run.folder.trials
+        scored = run.table.frame.iloc[run.split.test]
+        records = self.search()
+        single = best_record(records)
+        assert single is not None
+        final = self.finalists(records)
+        files = {
+            "single": checkpoint_path(trials, single.number),
+            "default_single": checkpoint_path(trials, 0),
+        }
+        for name, finalist in (("winner", final.winner), ("default", final.default)):
+            assert finalist is not None
+            files[name] = final_path(trials, finalist.number)
+            write_final_fit(run, fit_of(final.records[finalist.number], {}), files[name])
+        predictions = {name: Predictor.load(path).predict(scored) for name, path in files.items()}
+        best = [standing.number for standing in final.standings[: self.members]]
+        predictions["ensemble"] = np.mean(
+            [
+                Predictor.load(member_path(trials, number, member)).predict(scored)
+                for number in best
+                for member in self.finalist_members
+            ],
+            axis=0,
+        )
+        predictions["transfer"] = self.transfer(scored)
+        predictions["default_raw"] = self.raw_default(scored)
+        baselines = fit_baselines(run, fitted_rows(run))
+        predictions |= {name: predict(scored) for name, predict in baselines.items()}
+        out_of_fold = final.errors[final.winner.number]
+        promised = {
+            "single": {"rows": len(run.split.validation), "rmse": single.rmse},
+            "winner": {
+                "rows": len(out_of_fold.rows),
+                "rmse": final.records[final.winner.number].rmse,
+            },
+        }
+        chosen = {
+            "single": dict(single.configuration),
+            "winner": dict(final.winner.configuration),
+            "default_epochs": final.records[final.default.number].best_epoch,
+        }
+        return predictions, promised, chosen
+
+    @property
+    def finalist_members(self) -> Any:
+        from desisky_tune.search.folds import finalist_members
+
+        return finalist_members(self.run.spec)
+
+    def search(self) -> list[Any]:
+        """Train the documented default and random configurations on the holdout's rows."""
+        import optuna
+
+        from desisky_tune.search.folds import search_arrays
+        from desisky_tune.search.space import default_configuration
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        spec = self.run.spec
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=self.seed))
+        configurations = [default_configuration()]
+        configurations += [spec.suggest(study.ask()) for _ in range(spec.search.trials - 1)]
+        return self.train(
+            dict(enumerate(configurations)), search_arrays(self.run), (), self.run.folder.ledger
+        )
+
+    def finalists(self, records: list[Any]) -> Any:
+        """Train the finalists and rank them."""
+        from desisky_tune.search.finalists import conclude_finalists, fixed_finalists
+        from desisky_tune.search.folds import finalist_arrays
+
+        finalists = fixed_finalists(self.run, records)
+        self.train(
+            {each.number: each.configuration for each in finalists},
+            finalist_arrays(self.run),
+            self.finalist_members,
+            self.run.folder.finalists,
+        )
+        return conclude_finalists(self.run)
+
+    def train(
+        self, configurations: Mapping[int, Any], arrays: Any, members: Any, ledger: Path
+    ) -> list[Any]:
+        """Train configurations in full, one after another; return their records."""
+        from desisky_tune.search.backend import Assignment
+        from desisky_tune.search.local import LocalBackend
+        from desisky_tune.search.records import Ledger, finish
+
+        training = self.run.spec.training
+        backend = LocalBackend(arrays, training, self.run.folder.trials)
+        records = []
+        for number, configuration in configurations.items():
+            trial = Assignment(
+                number, configuration, training.seed, members, keep_members=bool(members)
+            )
+            result = backend.advance(trial, training.epochs).as_result()
+            backend.release(trial)
+            records.append(
+                finish(
+                    number=number,
+                    configuration=configuration,
+                    result={**result, "members": max(1, len(members))},
+                    max_epochs=training.epochs,
+                    seed=training.seed,
+                )
+            )
+            Ledger(ledger).append(records[-1])
+        return records
+
+    def transfer(self, scored: Any) -> np.ndarray:
+        """Pretrain the documented default on made-up rows, fine-tune it, predict.
+
+        The made-up rows: conditions of the training rows, mixed and spread, with the
+        magnitudes of the classical model, whose constants were fitted to these nights
+        alone. (The simulator's own were fitted to the SV1 exposures, the scored ones too.)
+        The epoch of the fine-tuning is that of the pooled curve over the finalists' folds.
+        """
+        from desisky_tune.search.backend import Member
+        from desisky_tune.search.final_fit import fitted_rows
+        from desisky_tune.search.folds import finalist_folds
+        from desisky_tune.search.pooling import MemberCurve, pool
+        from desisky_tune.training.scaling import Scaling, fold
+
+        table, epochs = self.run.table, self.run.spec.training.epochs
+        curves = []
+        for number, (train, validation) in enumerate(finalist_folds(self.run)):
+            weights = pretrained(table.frame.iloc[train], self.seed)
+            scaling = Scaling.fit(*table.arrays(train))
+            _, curve = fine_tune(
+                weights, scaling, table.arrays(train), table.arrays(validation), epochs
+            )
+            series = dict(zip(BANDS, np.asarray(curve.rmse, float).T, strict=True))
+            series |= {"train_loss": curve.train_loss, "test_loss": curve.test_loss}
+            curves.append(MemberCurve(Member(number), len(validation), series, curve.objective))
+        rows = fitted_rows(self.run)
+        arrays = table.arrays(rows)
+        scaling = Scaling.fit(*arrays)
+        weights = pretrained(table.frame.iloc[rows], self.seed)
+        model, _ = fine_tune(weights, scaling, arrays, arrays, pool(curves).best_epoch + 1)
+        from desisky_tune.inference import Predictor
+
+        return Predictor(fold(model, scaling)).predict(scored)
+
+    def raw_default(self, scored: Any) -> np.ndarray:
+        """Train the documented default on raw inputs for 500 epochs, the best epoch kept."""
+        from desisky_tune.inference import Predictor
+        from desisky_tune.training.program import training_arrays
+
+        table, split = self.run.table, self.run.split
+        arrays = training_arrays(*table.arrays(split.train), *table.arrays(split.validation))
+        program, hyperparameters = default_program(500)
+        state, _ = program.advance(program.init(0), arrays, hyperparameters, 500)
+        return Predictor(program.best_model(state)).predict(scored)
+
+
+def default_program(epochs: int, learning_rate: float | None = None) -> tuple[Any, Any]:
+    """Return the program and the hyperparameters of the documented default."""
+    from desisky_tune.search.space import default_configuration
+    from desisky_tune.training.program import Hyperparameters, program_for
+
+    default = default_configuration()
+    program = program_for(
+        in_size=6,
+        out_size=len(BANDS),
+        width=int(default["width"]),
+        depth=int(default["depth"]),
+        batch_size=int(default["batch_size"]),
+        select="rmse",
+        epochs=epochs,
+    )
+    rate = float(default["learning_rate"]) if learning_rate is None else learning_rate
+    return program, Hyperparameters(rate, float(default["huber_delta"]))
+
+
+def pretrained(frame: Any, seed: int, rows: int = 2000, epochs: int = 60) -> Any:
+    """Return weights, on raw features, of a training on the classical model's magnitudes."""
+    from desisky_tune.data.columns import FEATURES
+    from desisky_tune.models.classical import ClassicalModel
+    from desisky_tune.training.program import training_arrays
+    from desisky_tune.training.scaling import Scaling, fold
+
+    draw = np.random.default_rng(seed)
+    physics = ClassicalModel.fit(frame, frame[list(TARGETS)].to_numpy(dtype=float))
+    real = frame[list(FEATURES)].to_numpy(dtype=float)
+    # Each feature by itself: a condition of one exposure, moved by a tenth of the spread.
+    made = np.stack([draw.choice(column, rows) for column in real.T], axis=1)
+    made += 0.1 * real.std(axis=0) * draw.standard_normal(made.shape)
+    made = np.clip(made, real.min(axis=0), real.max(axis=0))
+    conditions = dict(zip(FEATURES, made.T, strict=True))
+    magnitudes = np.asarray(physics.predict(conditions))
+    usable = np.isfinite(magnitudes).all(axis=1)
+    inputs, targets = made[usable].astype(np.float32), magnitudes[usable].astype(np.float32)
+    scaling = Scaling.fit(inputs, targets)
+    program, hyperparameters = default_program(epochs, learning_rate=1e-3)
+    arrays = training_arrays(inputs, targets, inputs, targets, scaling)
+    state, _ = program.advance(program.init(seed), arrays, hyperparameters, epochs)
+    return fold(program.last_model(state), scaling)
+
+
+def fine_tune(
+    weights: Any, scaling: Any, train: Any, validation: Any, epochs: int
+) -> tuple[Any, Any]:
+    """Train given weights on, in the scaling of the new rows; return the last model."""
+    from desisky_tune.training.program import training_arrays
+    from desisky_tune.training.scaling import unfold
+
+    program, hyperparameters = default_program(epochs)
+    arrays = training_arrays(*train, *validation, scaling)
+    state = program.init(0, unfold(weights, scaling))
+    state, curve = program.advance(state, arrays, hyperparameters, epochs)
+    return program.last_model(state), curve
+
+
+# --- the tables ----------------------------------------------------------------------------------
+
+
+def report(lines: list[dict[str, Any]], settings: Mapping[str, Any]) -> str:
+    """Return the tables as Markdown."""
+    whole = [
+        repeat
+        for repeat in sorted({line["repeat"] for line in lines})
+        if sum(line["repeat"] == repeat for line in lines) == settings["outer"]
+    ]
+    if not whole:
+        return "no draw of the outer folds is complete yet"
+    frame = load_features().frame.set_index(EXPOSURE_ID).sort_index()
+    squared = {name: squared_errors(lines, name, whole, frame) for name in models_of(lines)}
+    weights = night_weights(frame[NIGHT].to_numpy())
+    spent = sum(line["seconds"] for line in lines)
+    head = (
+        f"{len(whole)} draws of {settings['outer']} outer folds by night over {len(frame)} "
+        f"exposures of {frame[NIGHT].nunique()} nights; {settings['trials']} trials, "
+        f"{settings['finalists']} finalists on {settings['folds']} folds x {settings['seeds']} "
+        f"seeds, {settings['epochs']} epochs; {spent:.0f} s of processes. V is derived from g "
+        "and r."
+    )
+    return "\n\n".join(
+        [
+            head,
+            rmse_table(squared, weights),
+            difference_table(squared, weights),
+            optimism_table(lines, whole, squared, weights),
+        ]
+    )
+
+
+def models_of(lines: list[dict[str, Any]]) -> list[str]:
+    """Return the models that every line has, in the order of the table."""
+    return [name for name in LABELS if all(name in line["predictions"] for line in lines)]
+
+
+def squared_errors(
+    lines: list[dict[str, Any]], name: str, repeats: list[int], frame: Any
+) -> np.ndarray:
+    """Return the squared errors ``(repeats, n, 4)`` of a model: every row once a repeat."""
+    observed = frame[list(TARGETS)].to_numpy(dtype=float)
+    errors = np.full((len(repeats), *observed.shape), np.nan)
+    for line in lines:
+        if line["repeat"] in repeats:
+            places = frame.index.get_indexer(line["exposures"])
+            residual = np.array(line["predictions"][name]) - observed[places]
+            errors[repeats.index(line["repeat"]), places] = residual**2
+    assert np.isfinite(errors).all()
+    return errors
+
+
+def rmse_table(squared: Mapping[str, np.ndarray], weights: np.ndarray) -> str:
+    """RMSE by band and the means, with intervals over nights and the spread of the draws."""
+    rows = [
+        "RMSE (mag) on nights that no stage saw; in brackets 95 % over resampled nights; "
+        "± standard deviation over the draws of the folds:",
+        "",
+        "| | V (derived) | g | r | z | mean V g r z | mean g r z |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, errors in squared.items():
+        by_draw = np.sqrt(errors.mean(axis=1))
+        resampled = resampled_rmse(errors, weights).mean(axis=1)
+        cells = []
+        for columns in (*[[band] for band in range(4)], [0, 1, 2, 3], [1, 2, 3]):
+            low, high = interval(resampled[:, columns].mean(axis=1))
+            text = f"{by_draw[:, columns].mean():.3f} [{low:.3f}, {high:.3f}]"
+            if len(columns) > 1 and len(by_draw) > 1:
+                text += f" ± {by_draw[:, columns].mean(axis=1).std(ddof=1):.3f}"
+            cells.append(text)
+        rows.append(f"| {LABELS[name]} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def difference_table(squared: Mapping[str, np.ndarray], weights: np.ndarray) -> str:
+    """Paired differences to the reference: over nights, and over the draws."""
+    rows = [
+        f"Difference to '{LABELS[REFERENCE]}' (mag, negative is better), paired. Over nights: "
+        "95 % bootstrap of whole nights. Over draws: 95 % t interval of the mean; the draws "
+        "share their exposures, so that it says how far the fold draw matters, no more. Worst: "
+        "the largest difference of a draw.",
+        "",
+        "| | mean V g r z | over nights | mean g r z | over nights | over draws | worst |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, errors in squared.items():
+        if name == REFERENCE:
+            continue
+        cells = []
+        for columns in ([0, 1, 2, 3], [1, 2, 3]):
+            draws, resampled = paired(errors, squared[REFERENCE], weights, columns)
+            low, high = interval(resampled)
+            cells += [f"{draws.mean():+.4f}", f"{low:+.4f} to {high:+.4f}"]
+        rows.append(
+            f"| {LABELS[name]} | "
+            + " | ".join([*cells, t_interval(draws), f"{draws.max():+.4f}"])
+            + " |"
+        )
+    return "\n".join(rows)
+
+
+def paired(
+    one: np.ndarray, other: np.ndarray, weights: np.ndarray, columns: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the differences by draw, and those of resampled nights (the mean over draws)."""
+    draws = [np.sqrt(each.mean(axis=1))[:, columns].mean(axis=1) for each in (one, other)]
+    resampled = [
+        resampled_rmse(each, weights)[:, :, columns].mean(axis=(1, 2)) for each in (one, other)
+    ]
+    return draws[0] - draws[1], resampled[0] - resampled[1]
+
+
+def t_interval(values: np.ndarray) -> str:
+    """Return the 95 % t interval of a mean as text."""
+    if len(values) < 2:
+        return "-"
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return f"{values.mean() - half:+.4f} to {values.mean() + half:+.4f}"
+
+
+def optimism_table(
+    lines: list[dict[str, Any]],
+    repeats: list[int],
+    squared: Mapping[str, np.ndarray],
+    weights: np.ndarray,
+) -> str:
+    """What came minus what the selection promised, pooled alike over the outer folds."""
+    rows = [
+        "Optimism (mag): RMSE on the outer nights minus the RMSE that the selection promised, "
+        "both pooled over the outer folds per band, mean of g r z:",
+        "",
+        "| | promised | came | optimism | over draws |",
+        "|---|---|---|---|---|",
+    ]
+    for name in ("single", "winner"):
+        promised = np.array([promise(lines, name, repeat) for repeat in repeats])
+        came = np.sqrt(squared[name].mean(axis=1))[:, 1:].mean(axis=1)
+        gap = came - promised
+        rows.append(
+            f"| {LABELS[name]} | {promised.mean():.4f} | {came.mean():.4f} | "
+            f"{gap.mean():+.4f} | {t_interval(gap)} |"
+        )
+    return "\n".join(rows)
+
+
+def promise(lines: list[dict[str, Any]], name: str, repeat: int) -> float:
+    """Return the promised RMSE of one draw: g r z, pooled over the outer folds."""
+    made = [line["promised"][name] for line in lines if line["repeat"] == repeat]
+    rows = np.array([each["rows"] for each in made], dtype=float)
+    by_band = np.array([[each["rmse"][band] for band in BANDS] for each in made])
+    pooled = np.sqrt(np.average(by_band**2, axis=0, weights=rows))
+    return float(pooled[1:].mean())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""An ensemble's spread, calibrated; its folder, read back or refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+
+from desisky_tune.data.columns import BANDS, FEATURES
+from desisky_tune.errors import CheckpointError, MissingFileError
+from desisky_tune.inference import EnsemblePredictor, load_predictor
+from desisky_tune.inference.ensemble import (
+    HALF_WIDTHS,
+    SIGMAS,
+    Calibration,
+    coverage_by_fold,
+    scatter_of,
+)
+from desisky_tune.io import checkpoint_meta, save
+from desisky_tune.models import make_broadbandMLP
+
+
+def drawn(rows: int, seed: int, shared: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
+    """Residuals and scatters of members that err alike by `shared` mag, and each by its own."""
+    draw = np.random.default_rng(seed)
+    scatter = draw.uniform(0.02, 0.3, (rows, 4))
+    return draw.normal(0, np.sqrt(shared**2 + scatter**2)), scatter
+
+
+def test_calibration_finds_the_error_that_all_members_share() -> None:
+    residual, scatter = drawn(20_000, seed=1)
+    calibration = Calibration.fit(residual, scatter)
+    np.testing.assert_allclose(calibration.floor, 0.2, rtol=0.03)
+    np.testing.assert_array_equal(calibration.factor, 1.0)
+    # Half a 90 % interval of a normal distribution is 1.6449 standard deviations.
+    np.testing.assert_allclose(calibration.quantile_90, 1.6449, rtol=0.02)
+    sigma = calibration.sigma(scatter)
+    np.testing.assert_allclose((sigma**2).mean(axis=0), (residual**2).mean(axis=0), rtol=1e-12)
+
+
+def test_members_that_scatter_more_than_they_err_are_scaled_down() -> None:
+    residual, scatter = drawn(20_000, seed=2, shared=0.0)
+    calibration = Calibration.fit(0.5 * residual, scatter)
+    np.testing.assert_array_equal(calibration.floor, 0.0)
+    np.testing.assert_allclose(calibration.factor, 0.5, rtol=0.03)
+
+
+def test_the_interval_covers_what_it_says_on_new_rows() -> None:
+    calibration = Calibration.fit(*drawn(400, seed=3))
+    covered = calibration.covered_90(*drawn(20_000, seed=4)).mean(axis=0)
+    # The share on 400 rows has a standard deviation of sqrt(0.9 x 0.1 / 400) = 0.015.
+    np.testing.assert_allclose(covered, 0.9, atol=0.05)
+    residual, scatter = drawn(2000, seed=5)
+    by_fold = coverage_by_fold(residual, scatter, np.arange(2000) % 5)
+    for band in BANDS:
+        assert by_fold[band] == pytest.approx(0.9, abs=0.03)
+    assert math.isnan(coverage_by_fold(residual, scatter, np.zeros(2000))["g"])
+
+
+def test_scatter_of_one_member_is_none() -> None:
+    predictions = np.random.default_rng(6).normal(20, 1, (3, 5, 4))
+    np.testing.assert_array_equal(scatter_of(predictions[:1]), np.zeros((5, 4)))
+    expected = np.sqrt(((predictions - predictions.mean(axis=0)) ** 2).sum(axis=0) / 2)
+    np.testing.assert_allclose(scatter_of(predictions), expected)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two members and an index."""
+    names = []
+    for seed in range(2):
+        model = make_broadbandMLP(
+            in_size=6, out_size=4, width_size=8, depth=1, key=jax.random.PRNGKey(seed)
+        )
+        names.append(f"{seed}.eqx")
+        save(tmp_path / names[-1], model, checkpoint_meta(model, features=FEATURES))
+    calibration = {"floor": [0.1] * 4, "factor": [1.0] * 4, "quantile_90": [2.0] * 4}
+    content = {"kind": "desisky_tune ensemble", "schema": 1, "members": names}
+    index = {**content, "calibration": calibration, "meta": {"features": list(FEATURES)}}
+    (tmp_path / "ensemble.json").write_text(json.dumps(index))
+    return tmp_path
+
+
+def test_a_folder_and_its_index_are_one_ensemble(folder: Path) -> None:
+    frame = pd.DataFrame(np.random.default_rng(7).normal(1, 1, (5, 6)), columns=list(FEATURES))
+    frame.loc[2, "MOONSEP"] = np.nan
+    members = np.stack([load_predictor(folder / f"{n}.eqx").predict(frame) for n in range(2)])
+    for path in (folder, folder / "ensemble.json"):
+        predictor = load_predictor(path)
+        assert isinstance(predictor, EnsemblePredictor)
+        np.testing.assert_array_equal(predictor.predict(frame), members.mean(axis=0))
+        columns = predictor.extra_columns(frame)
+        sigma = np.sqrt(0.1**2 + members.std(axis=0, ddof=1) ** 2)
+        np.testing.assert_allclose(np.stack([columns[name] for name in SIGMAS], 1), sigma)
+        half = np.stack([columns[name] for name in HALF_WIDTHS], 1)
+        np.testing.assert_allclose(half, 2 * sigma)
+        assert np.isnan(half[2]).all()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("kind", "list", "is no index of an ensemble"),
+        ("schema", 2, "schema 2; known: 1"),
+        ("members", [], "at least one"),
+        ("members", ["../elsewhere.eqx"], "names of files beside it"),
+        ("calibration", {"floor": [0.1] * 4}, "calibration: 'factor'"),
+        ("calibration", None, "calibration"),
+    ],
+)
+def test_an_index_that_cannot_be_trusted_is_refused(
+    folder: Path, key: str, value: object, message: str
+) -> None:
+    index = json.loads((folder / "ensemble.json").read_text())
+    (folder / "ensemble.json").write_text(json.dumps({**index, key: value}))
+    with pytest.raises(CheckpointError, match=message):
+        load_predictor(folder)
+
+
+def test_a_missing_index_or_member_is_named(folder: Path, tmp_path: Path) -> None:
+    (folder / "1.eqx").unlink()
+    with pytest.raises(MissingFileError, match=r"1\.eqx"):
+        load_predictor(folder)
+    (folder / "ensemble.json").unlink()
+    with pytest.raises(MissingFileError, match=r"ensemble\.json"):
+        load_predictor(folder)
