@@ -124,7 +124,6 @@ def _run_session(
     roster = ray.remote(num_cpus=0)(Roster).remote(concurrency) if concurrency > 1 else None
     recorder = Recorder(
         folder,
-        stage.ledger,
         known,
         total=stage.total,
         max_epochs=spec.training.epochs,
@@ -132,6 +131,7 @@ def _run_session(
         deaths=deaths,
         seed=spec.training.seed,
         emit=emit,
+        ledger=stage.ledger,
     )
     if first:
         emit(
