@@ -15,7 +15,10 @@
 #   sbatch deploy/slurm.sh broadband --data vac --gpus 0.25 --name first
 #
 # The search's lines are in desisky-tune-JOBID.out; its run is in $RUNS. The exit code of the
-# Slurm job is the search's. Where the time was too short:
+# Slurm job is the search's. Two minutes before the time limit Slurm sends SIGTERM: the trials
+# finish their rungs, and the job goes back to the queue and takes its run up from there, until
+# the search is done (`scancel` ends that; DESISKY_TUNE_REQUEUE=0 does without). To go on with
+# another run:
 #
 #   DESISKY_TUNE_COMMAND=resume sbatch deploy/slurm.sh "$SCRATCH/desisky-tune/runs/first"
 
@@ -30,6 +33,9 @@
 #SBATCH --gpus-per-task=4
 #SBATCH --gpu-bind=none
 #SBATCH --time=02:00:00
+#SBATCH --signal=B:TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 
 set -euo pipefail
@@ -130,8 +136,48 @@ print(f"{alive} Ray nodes: {ray.cluster_resources().get('CPU', 0):g} CPUs, "
       f"{ray.cluster_resources().get('GPU', 0):g} GPUs")
 PYTHON
 
+# The run's name: a job that was requeued finds its run by it.
+name=
+words=("$@")
+for ((i = 0; i < $#; i++)); do
+  case ${words[i]} in
+  --name) name=${words[i + 1]:-} ;;
+  --name=*) name=${words[i]#--name=} ;;
+  esac
+done
+
 if [[ ${DESISKY_TUNE_COMMAND:-search} == resume ]]; then
-  desisky-tune resume "$@" --address "$ip:$port"
+  command=(resume "$@" --address "$ip:$port")
 else
-  desisky-tune search "$@" --address "$ip:$port" --runs "$RUNS"
+  if [[ -z $name ]]; then
+    name=slurm-$SLURM_JOB_ID
+    words+=(--name "$name")
+  fi
+  if ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ -e $RUNS/$name/search.json ]]; then
+    command=(resume "$RUNS/$name" --address "$ip:$port")
+  else
+    command=(search "${words[@]}" --address "$ip:$port" --runs "$RUNS")
+  fi
 fi
+
+# In the background, so that this shell hears SIGTERM at once and can pass it on.
+desisky-tune "${command[@]}" &
+search=$!
+trap 'kill -TERM "$search" 2>/dev/null || true' TERM
+status=0
+wait "$search" || status=$?
+while kill -0 "$search" 2>/dev/null; do
+  # `wait` came back because of a signal; the search still writes.
+  status=0
+  wait "$search" || status=$?
+done
+
+# 75: stopped from outside, to be resumed.
+if ((status == 75)) && [[ ${DESISKY_TUNE_REQUEUE:-1} != 0 ]]; then
+  if scontrol requeue "$SLURM_JOB_ID"; then
+    echo "the search is not done: the job is back in the queue"
+  else
+    echo "the search is not done, and Slurm does not requeue this job: resume it as the first lines say" >&2
+  fi
+fi
+exit "$status"

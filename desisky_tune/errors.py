@@ -7,6 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+#: Exit code of a search that was stopped by Ctrl-C.
+INTERRUPTED = 130
+
+#: Exit code of a search that cannot go on now and wants to be resumed (EX_TEMPFAIL).
+RESUME_ME = 75
+
 
 class DesiskyTuneError(Exception):
     """A failure of ours: the command ends with exit code 1."""
@@ -61,22 +67,52 @@ class StorageError(DesiskyTuneError, OSError):
 
     exit_code = 2
 
-    exit_code = 2
-
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
+
+
+class StorageLostError(StorageError):
+    """The files of a run that had begun could not be written for long: exit code 75."""
+
+    exit_code = RESUME_ME
 
 
 class SearchError(DesiskyTuneError):
     """A search ended without a result."""
 
 
-class SearchInterrupted(KeyboardInterrupt):
-    """A search was stopped before all its trials had run; it can be resumed."""
+class EngineError(SearchError):
+    """The processes that train are gone, and cannot be started again."""
 
-    def __init__(self, run_dir: Path, done: int, total: int) -> None:
-        super().__init__(
-            f"interrupted after {done} of {total} trials; "
-            f"continue with 'desisky-tune resume {run_dir}'"
+
+class SearchInterrupted(KeyboardInterrupt):
+    """A search was stopped before all its trials had run; it can be resumed.
+
+    Parameters
+    ----------
+    run_dir
+        The run; None where it had not begun, so that there is nothing to resume.
+    done, total
+        Trials with a record, and trials in all, where they are known.
+    terminated
+        True where it was asked to end from outside (SIGTERM), and wants to be resumed.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | str | None,
+        done: int | None = None,
+        total: int | None = None,
+        *,
+        terminated: bool = False,
+    ) -> None:
+        how = "stopped by SIGTERM" if terminated else "interrupted"
+        after = "" if done is None else f" after {done} of {total} trials"
+        then = (
+            "nothing had begun"
+            if run_dir is None
+            else f"continue with 'desisky-tune resume {run_dir}'"
         )
+        super().__init__(f"{how}{after}; {then}")
         self.run_dir = run_dir
+        self.exit_code = RESUME_ME if terminated else INTERRUPTED

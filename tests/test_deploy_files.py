@@ -95,7 +95,10 @@ def test_the_lines_to_edit_are_marked(path: Path, marks: int) -> None:
 
 #: What stands in for Slurm and Ray: each call is a line of the log, with the token's settings.
 STUBS = {
-    "scontrol": 'printf "node1\\nnode2\\nnode3\\n"',
+    "scontrol": """
+        if [[ $1 == requeue ]]; then echo "scontrol $*" >> "$CALLS"; exit "${REQUEUE_EXIT:-0}"; fi
+        printf "node1\\nnode2\\nnode3\\n"
+    """,
     "srun": """
         if [[ "$*" == *" hostname "* ]]; then echo "10.0.0.7 fe80::1"; exit; fi
         echo "srun $* [$RAY_AUTH_MODE $(stat -c %a "$RAY_AUTH_TOKEN_PATH")]" >> "$CALLS"
@@ -104,6 +107,11 @@ STUBS = {
     "desisky-tune": """
         while [[ $(grep -c "ray start" "$CALLS") -lt 2 ]]; do sleep 0.05; done
         echo "desisky-tune $* [$(wc -c < "$RAY_AUTH_TOKEN_PATH")]" >> "$CALLS"
+        if [[ -n ${NOTICE:-} ]]; then
+            trap 'sleep 0.2; echo "rungs finished" >> "$CALLS"; exit 75' TERM
+            kill -TERM "$PPID"
+            while :; do sleep 0.05; done
+        fi
         exit "${SEARCH_EXIT:-0}"
     """,
     # Makes the token; the wait for the nodes (a script on standard input) is over at once.
@@ -171,6 +179,38 @@ def test_the_exit_code_of_the_slurm_job_is_the_searchs(tmp_path: Path) -> None:
     assert done.returncode == 3
     assert any(c.startswith("desisky-tune resume runs/first --address") for c in calls)
     assert not list((tmp_path / "base" / "secrets").iterdir())
+
+
+def test_before_the_time_limit_the_search_finishes_its_rungs_and_is_requeued(
+    tmp_path: Path,
+) -> None:
+    done, calls = run_slurm(tmp_path, "broadband", "--name", "first", NOTICE="1")
+    assert done.returncode == os.EX_TEMPFAIL, done.stderr
+    assert calls[-2:] == ["rungs finished", "scontrol requeue 1234567"]
+    assert re.search(r"^#SBATCH --signal=B:TERM@120$", SLURM.read_text(), re.MULTILINE)
+
+
+def test_a_requeued_job_goes_on_with_its_run(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "slurm-1234567"
+    run.mkdir(parents=True)
+    (run / "search.json").touch()
+    again = {"RUNS": str(run.parent), "SLURM_RESTART_COUNT": "1"}
+    done, calls = run_slurm(tmp_path, "broadband", "--gpus", "0.25", **again)
+    assert done.returncode == 0, done.stderr
+    assert any(c.startswith(f"desisky-tune resume {run} --address 10.0.0.7:6967") for c in calls)
+
+
+def test_a_job_without_a_name_for_its_run_gives_it_one(tmp_path: Path) -> None:
+    done, calls = run_slurm(tmp_path, "broadband", SEARCH_EXIT="75", DESISKY_TUNE_REQUEUE="0")
+    assert done.returncode == os.EX_TEMPFAIL
+    assert any("search broadband --name slurm-1234567 --address" in c for c in calls)
+    assert not any("requeue" in c for c in calls)
+
+
+def test_where_slurm_does_not_requeue_it_is_said(tmp_path: Path) -> None:
+    done, _ = run_slurm(tmp_path, "broadband", SEARCH_EXIT="75", REQUEUE_EXIT="1")
+    assert done.returncode == os.EX_TEMPFAIL
+    assert "does not requeue" in done.stderr
 
 
 def test_the_options_in_slurms_script_exist() -> None:

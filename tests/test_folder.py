@@ -81,8 +81,3 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         pass
     with folder.lock():
         pass
-
-
-def test_a_url_is_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="no URL"):
-        RunFolder.create("s3://bucket/runs", "mine", exact=True)

@@ -10,7 +10,7 @@ from scipy import stats
 
 from desisky_tune.errors import InputError
 from desisky_tune.inference.bootstrap import interval, night_weights, resampled_rmse
-from desisky_tune.search.figures import difference, figures_of, intervals_of
+from desisky_tune.search.accuracy import difference, figures_of, intervals_of
 from desisky_tune.search.standing import objective_of, rank
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from desisky_tune.search.backend import Assignment, Progress
-from desisky_tune.search.trial import Roster, SearchTrial, TrialPlan
+from desisky_tune.search.dispatch import Roster
+from desisky_tune.search.trial import SearchTrial, TrialPlan
 
 
 class Recording:

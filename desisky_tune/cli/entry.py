@@ -6,6 +6,7 @@ exit code meaning
 0         done
 1         a failure of the program or of the machine
 2         something that the user gave cannot be used
+75        a search that was stopped from outside, and wants to be resumed
 130       stopped by Ctrl-C
 ========= ==============================================================
 """
@@ -23,11 +24,10 @@ import typer
 
 from desisky_tune.cli.app import app
 from desisky_tune.cli.console import one_line, say
-from desisky_tune.errors import DesiskyTuneError
+from desisky_tune.errors import INTERRUPTED, DesiskyTuneError
 
 PROGRAM = "desisky-tune"
 DEBUG_VARIABLE = "DESISKY_TUNE_DEBUG"
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 done, 1 failed, 2 bad input or usage, 130 stopped by Ctrl-C.
+        0 done, 1 failed, 2 bad input or usage, 75 to be resumed, 130 stopped by Ctrl-C.
     """
     state = {"debug": os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")}
     if argv is None:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(list(argv), state)
     except KeyboardInterrupt as stop:
         say(f"{PROGRAM}: {one_line(stop) or 'interrupted'}")
-        return INTERRUPTED
+        return int(getattr(stop, "exit_code", INTERRUPTED))
     except BrokenPipeError:
         # The reader of our output left (`| head`): nothing more to say, and nobody to say it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

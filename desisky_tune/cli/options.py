@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -48,4 +47,6 @@ Address = Annotated[
 Dashboard = Annotated[
     bool, typer.Option("--dashboard", help="Start Ray's dashboard on the loopback address.")
 ]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.", show_default=False)]
+Run = Annotated[
+    str, typer.Argument(metavar="RUN", help="Folder or URL of the run.", show_default=False)
+]

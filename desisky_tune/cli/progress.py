@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from desisky_tune.cli.console import configuration_text, duration, number, printable, say
+from desisky_tune.cli.console import configuration_text, duration, number, one_line, printable, say
 from desisky_tune.search.events import (
     DataReady,
+    EnginesReported,
     Event,
     EventSink,
     Note,
@@ -26,6 +27,11 @@ from desisky_tune.search.events import (
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+    from desisky_tune.search.figures import EngineFigures
+
+#: Seconds between two plain lines of the engines' figures.
+FIGURES_PERIOD = 60.0
 
 
 @contextmanager
@@ -73,6 +79,7 @@ class Tally:
         self.best: float | None = None
         self.best_trial: int | None = None
         self.running: dict[int, int] = {}
+        self.engines: EngineFigures | None = None
 
     def see(self, event: Event) -> None:
         """Take an event into account."""
@@ -86,6 +93,8 @@ class Tally:
             self.total, self.epochs = event.trials, event.epochs
         elif isinstance(event, TrialReported):
             self.running[event.trial] = event.epochs
+        elif isinstance(event, EnginesReported):
+            self.engines = event.together
         elif isinstance(event, TrialFinished):
             self.running.pop(event.record.number, None)
             self.done, self.total = event.done, event.total
@@ -115,6 +124,17 @@ class Tally:
         trials = sorted(self.running.items())
         return ", ".join(f"trial {trial} at epoch {epochs}" for trial, epochs in trials)
 
+    def engines_text(self) -> str:
+        """What the engines do, and what their time goes into; empty before they say so."""
+        if self.engines is None:
+            return ""
+        parts = [f"{self.engines.busy} of {self.engines.slots} slots busy"]
+        if self.engines.trials:
+            parts.append(f"{self.engines.trials_per_minute:.1f} trials/min")
+        shares = self.engines.shares().items()
+        parts += [f"{name} {100 * share:.0f} %" for name, share in shares if share >= 0.005]
+        return ", ".join(parts)
+
 
 class LineProgress:
     """Writes one plain line per event."""
@@ -124,10 +144,16 @@ class LineProgress:
     ) -> None:
         self._write = write
         self._tally = Tally(clock)
+        self._clock = clock
+        self._next_figures = clock() + FIGURES_PERIOD
 
     def __call__(self, event: Event) -> None:
         """Write the line of an event."""
         self._tally.see(event)
+        if isinstance(event, EnginesReported):
+            if self._clock() < self._next_figures:
+                return
+            self._next_figures = self._clock() + FIGURES_PERIOD
         for line in event_lines(event, self._tally):
             self._write(line)
 
@@ -143,7 +169,8 @@ class LiveProgress:
     def __call__(self, event: Event) -> None:
         """Redraw, and print what is to stay."""
         self._tally.see(event)
-        if not isinstance(event, TrialReported) and not _went_well(event):
+        passing = isinstance(event, TrialReported | EnginesReported)
+        if not passing and not _went_well(event):
             for line in event_lines(event, self._tally):
                 self._bar.console.print(
                     printable(line), markup=False, highlight=False, soft_wrap=True
@@ -154,8 +181,9 @@ class LiveProgress:
             self._task = self._bar.add_task("trials", total=event.trials, status="")
         if self._task is None:
             return
-        running = self._tally.running_text()
-        status = self._tally.summary() + (f"; {running}" if running else "")
+        tally = self._tally
+        parts = [tally.summary(), tally.engines_text(), tally.running_text()]
+        status = "; ".join(part for part in parts if part)
         self._bar.update(
             self._task, completed=self._tally.done, total=self._tally.total, status=status
         )
@@ -177,8 +205,10 @@ def event_lines(event: Event, tally: Tally) -> list[str]:
         return [f"trial {event.trial} at epoch {event.epochs}: RMSE {event.objective:.4f} mag"]
     if isinstance(event, TrialFinished):
         return [_finished_line(event, tally)]
+    if isinstance(event, EnginesReported):
+        return [f"engines: {tally.engines_text()}"]
     if isinstance(event, Note):
-        return [f"note: {event.text}"]
+        return [f"note: {one_line(event.text)}"]
     assert isinstance(event, SearchFinished)
     states = ", ".join(f"{count} {state}" for state, count in event.states.items() if count)
     return [f"search finished in {duration(event.seconds)}: {states}"]

@@ -48,8 +48,9 @@ def search(
         ),
     ] = None,
     runs: Annotated[
-        Path, typer.Option("--runs", metavar="DIR", help="Folder that holds the runs.")
-    ] = Path("runs"),
+        str,
+        typer.Option("--runs", metavar="DIR", help="Folder, or URL, that holds the runs."),
+    ] = "runs",
     name: Annotated[
         str | None,
         typer.Option("--name", help="Name of the run. Default: that of the space, numbered."),
@@ -67,11 +68,17 @@ def search(
         typer.Option("--seed", metavar="N", help="Of the sampler and of the training."),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", metavar="N", help="Trials at a time.")
+        int | None, typer.Option("--workers", metavar="N", help="Trials trained at a time.")
     ] = None,
     gpus: Annotated[
         float | None,
         typer.Option("--gpus", metavar="F", help="GPUs per trial; a fraction shares one."),
+    ] = None,
+    slots: Annotated[
+        int | None,
+        typer.Option(
+            "--slots", metavar="N", help="Trainings side by side on a GPU. Default: calibrated."
+        ),
     ] = None,
     time_limit: Annotated[
         str | None,
@@ -96,6 +103,7 @@ def search(
         "training.seed": seed,
         "resources.workers": workers,
         "resources.gpus_per_trial": gpus,
+        "resources.slots": slots,
         "search.time_limit": time_limit,
     }
     # JSON is YAML: a path or a time arrives as the text that was given.
@@ -176,7 +184,10 @@ def report(
 ) -> None:
     """Write a page with the figures of a search and of its winner."""
     from desisky_tune import load_run
+    from desisky_tune.data.remote import is_url
 
+    if out is None and is_url(run):
+        raise InputError(f"{run} is on a URL: say with --out in which folder the report is to be")
     page = load_run(run).report(out)
     show(str(page))
     if open_page:
@@ -228,7 +239,7 @@ def _show_result(result: SearchResult, as_json: bool) -> None:
 
     v_derived = bool(result.evaluation["v_derived"])
     best = complete_only(result.board).head(TOP)
-    show(f"leaderboard of {result.run_dir} (RMSE on the validation rows, mag)")
+    show(f"leaderboard of {result.place} (RMSE on the validation rows, mag)")
     show(board_text(best, v_derived=v_derived))
     ranked = finalists_board(result.run_dir)
     if ranked is not None:
@@ -236,8 +247,14 @@ def _show_result(result: SearchResult, as_json: bool) -> None:
     configuration = configuration_text(result.winner.configuration)
     show(f"\nwinner: trial {result.winner.number} ({configuration})")
     show(figures_text(result.evaluation))
-    show(f"\ncheckpoint: {result.checkpoint}")
-    show(f"figures: desisky-tune report {shlex.quote(str(result.run_dir))}")
+    show(f"\ncheckpoint: {checkpoint_place(result)}")
+    out = "" if result.place == result.run_dir else " --out DIR"
+    show(f"figures: desisky-tune report {shlex.quote(str(result.place))}{out}")
+
+
+def checkpoint_place(result: SearchResult) -> str:
+    """Return where the winner's checkpoint lies: a path, or a URL."""
+    return f"{result.place}/{result.checkpoint.relative_to(result.run_dir).as_posix()}"
 
 
 def complete_only(board: pd.DataFrame) -> pd.DataFrame:
@@ -307,8 +324,8 @@ def result_json(result: SearchResult) -> dict[str, Any]:
     from desisky_tune.search.leaderboard import to_json
 
     return {
-        "run": str(result.run_dir),
-        "checkpoint": str(result.checkpoint),
+        "run": str(result.place),
+        "checkpoint": checkpoint_place(result),
         "winner": {
             "trial": result.winner.number,
             "objective": result.winner.objective,

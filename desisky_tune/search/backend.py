@@ -142,6 +142,23 @@ class Progress:
         }
 
 
+def stopped_by(error: Exception, epochs: int) -> Progress:
+    """Say that a trial cannot go on after `epochs` epochs, because of an exception."""
+    lines = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    nan = math.nan
+    return Progress(
+        epochs=epochs,
+        objective=nan,
+        best_epoch=-1,
+        rmse={},
+        train_loss=nan,
+        test_loss=nan,
+        seconds=0.0,
+        reason=reason[:500],
+    )
+
+
 class Backend(Protocol):
     """Whatever trains."""
 

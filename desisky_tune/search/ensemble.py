@@ -25,8 +25,8 @@ from desisky_tune.search.final_fit import fitted_split
 from desisky_tune.search.finalists import Final, OutOfFold
 from desisky_tune.search.folder import write_json
 from desisky_tune.search.folds import finalist_members
-from desisky_tune.search.local import member_path
 from desisky_tune.search.origin import checkpoint_header
+from desisky_tune.search.trial_files import member_path
 
 if TYPE_CHECKING:
     from desisky_tune.search.origin import SearchRun

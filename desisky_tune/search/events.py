@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from desisky_tune.search.figures import EngineFigures
     from desisky_tune.search.records import TrialRecord
 
 
@@ -38,7 +39,7 @@ class SearchStarted:
     """Trials are about to run: those of the search, or (`stage`) its finalists."""
 
     name: str
-    run_dir: Path
+    run_dir: Path | str
     trials: int
     epochs: int
     concurrency: int
@@ -71,6 +72,14 @@ class TrialFinished:
 
 
 @dataclass(frozen=True)
+class EnginesReported:
+    """What the engines did so far in this session: together, and each; every few seconds."""
+
+    together: EngineFigures
+    engines: tuple[EngineFigures, ...]
+
+
+@dataclass(frozen=True)
 class Note:
     """Something a person should know, in one line."""
 
@@ -87,5 +96,13 @@ class SearchFinished:
     states: dict[str, int] = field(default_factory=dict)
 
 
-Event = DataReady | SearchStarted | TrialReported | TrialFinished | Note | SearchFinished
+Event = (
+    DataReady
+    | SearchStarted
+    | TrialReported
+    | TrialFinished
+    | EnginesReported
+    | Note
+    | SearchFinished
+)
 EventSink = Callable[[Event], None]

@@ -10,8 +10,8 @@ from typing import Any
 from desisky_tune.data.columns import FEATURES
 from desisky_tune.errors import RunError
 from desisky_tune.search.folder import RunFolder
-from desisky_tune.search.local import checkpoint_path, final_path
 from desisky_tune.search.records import Ledger, TrialRecord, best_record
+from desisky_tune.search.trial_files import checkpoint_path, final_path, state_path
 
 
 def export_trial(run_dir: str | Path, out: str | Path, trial: int | None = None) -> Path:
@@ -130,6 +130,7 @@ def _weights(folder: RunFolder, record: TrialRecord) -> Path:
     """Return the checkpoint of a trial; make it where it is not there."""
     if record.members > 1:
         path = final_path(folder.trials, record.number)
+        folder.fetched(path)
         if not path.exists():
             from desisky_tune.search.final_fit import fit_of, write_final_fit
             from desisky_tune.search.origin import open_run
@@ -137,7 +138,9 @@ def _weights(folder: RunFolder, record: TrialRecord) -> Path:
             write_final_fit(open_run(folder.path), fit_of(record, {"trial": record.number}), path)
         return path
     path = checkpoint_path(folder.trials, record.number)
+    folder.fetched(path)
     if not path.exists():
+        folder.fetched(state_path(folder.trials, record.number))
         _write_missing(folder, record)
     return path
 
@@ -146,7 +149,7 @@ def _write_missing(folder: RunFolder, record: TrialRecord) -> None:
     """Make the checkpoint of a trial whose process was killed before it could."""
     from desisky_tune.search.backend import Assignment
     from desisky_tune.search.folds import search_arrays
-    from desisky_tune.search.local import LocalBackend, state_path
+    from desisky_tune.search.local import LocalBackend
     from desisky_tune.search.origin import checkpoint_header, open_run
 
     if not state_path(folder.trials, record.number).exists():

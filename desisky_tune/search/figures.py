@@ -1,82 +1,173 @@
-"""The figures of an evaluation: RMSE by band and their means, with intervals over nights."""
+"""What the engines' time goes into: measured where it is spent, added up for a person."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import ArrayLike
-
-from desisky_tune.data.columns import BANDS
-from desisky_tune.inference.bootstrap import Floats, interval, night_weights, resampled_rmse
-from desisky_tune.search.folds import observed
-
-if TYPE_CHECKING:
-    from desisky_tune.search.origin import SearchRun
-
-#: What is told of a model on some rows: each band, the mean of all, the mean without V.
-NAMES: tuple[str, ...] = (*BANDS, "mean", "mean_grz")
+Spending = Literal["compiling", "training"]
 
 
-def squared_residuals(
-    run: SearchRun, predict: Callable[[Any], np.ndarray], rows: np.ndarray
-) -> Floats:
-    """Return a model's squared residuals ``(n, 4)`` on rows of a run, mag^2."""
-    predictions = np.asarray(predict(run.table.frame.iloc[rows]), dtype=float)
-    return np.asarray((predictions - observed(run, rows)) ** 2)
-
-
-def figures_of(squared: ArrayLike) -> dict[str, float]:
-    """Return the RMSE (mag) by name of `NAMES`.
+class Meter:
+    """Adds up what a backend spends its time on; any thread may write to it.
 
     Parameters
     ----------
-    squared
-        Squared residuals ``(n, 4)``, or ``(seeds, n, 4)``: the RMSE of each seed are then
-        averaged.
+    clock
+        Seconds, monotonic.
     """
-    errors = np.asarray(squared, dtype=float)
-    if errors.ndim == 2:
-        errors = errors[None]
-    return _named(np.sqrt(errors.mean(axis=1)).mean(axis=0))
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._seconds = {"compiling": 0.0, "training": 0.0}
+        self._under_way: dict[object, tuple[Spending, float]] = {}
+
+    @contextmanager
+    def spending(self, what: Spending) -> Iterator[None]:
+        """Count the time that the body takes, from its first moment on."""
+        token = object()
+        with self._lock:
+            self._under_way[token] = what, self._clock()
+        try:
+            yield
+        finally:
+            with self._lock:
+                _, began = self._under_way.pop(token)
+                self._seconds[what] += self._clock() - began
+
+    def add(self, what: Spending, seconds: float) -> None:
+        """Count time that was measured elsewhere (s)."""
+        with self._lock:
+            self._seconds[what] += seconds
+
+    def seconds(self) -> dict[str, float]:
+        """Return what was counted so far (s), by name."""
+        with self._lock:
+            found, now = dict(self._seconds), self._clock()
+            for what, began in self._under_way.values():
+                found[what] += now - began
+        return found
 
 
-def intervals_of(squared: ArrayLike, nights: ArrayLike) -> dict[str, list[float]]:
-    """Return the 95 % interval of each figure, over resampled nights."""
-    resampled = _resampled(squared, nights)
-    return {name: list(interval(values)) for name, values in resampled.items()}
+@dataclass(frozen=True)
+class EngineFigures:
+    """What one engine, or several together, did.
 
-
-def difference(one: ArrayLike, other: ArrayLike, nights: ArrayLike) -> dict[str, Any]:
-    """Return how far the figures of `one` lie from those of `other`, paired by night.
-
-    Returns
-    -------
-    dict
-        By name of `NAMES`: ``difference`` (mag; negative where `one` is better) and its
-        95 % ``interval``.
+    Attributes
+    ----------
+    engine
+        Its name.
+    slots
+        Trials that it trains at a time.
+    busy
+        How many it is training now.
+    trials
+        Trials that it has finished.
+    lanes
+        Places whose time is counted: threads of a CPU, 1 for a GPU that runs all its slots
+        in one program.
+    seconds
+        Time that those places had (s): `lanes` times the time since it was ready.
+    compiling, training
+        What of it went into either (s).
+    keeping
+        What of it went into states, checkpoints and everything else that is done for a
+        trial by whoever trains it (s).
     """
-    first, second = _resampled(one, nights), _resampled(other, nights)
-    figures, others = figures_of(one), figures_of(other)
-    return {
-        name: {
-            "difference": figures[name] - others[name],
-            "interval": list(interval(first[name] - second[name])),
+
+    engine: str
+    slots: int
+    busy: int
+    trials: int
+    lanes: int
+    seconds: float
+    compiling: float
+    training: float
+    keeping: float
+
+    @property
+    def waiting(self) -> float:
+        """Time in which a place had no trial (s)."""
+        return max(0.0, self.seconds - self.compiling - self.training - self.keeping)
+
+    @property
+    def elapsed(self) -> float:
+        """Time since it was ready (s)."""
+        return self.seconds / self.lanes if self.lanes else 0.0
+
+    @property
+    def trials_per_minute(self) -> float:
+        """Trials finished in a minute, since it was ready."""
+        return 60 * self.trials / self.elapsed if self.elapsed > 0 else 0.0
+
+    def shares(self) -> dict[str, float]:
+        """Return the share of time compiling, training, keeping and waiting; they add up to 1."""
+        parts = {name: getattr(self, name) for name in ("compiling", "training", "keeping")}
+        # Work that began before the clock was read may exceed it by a moment.
+        whole = max(self.seconds, sum(parts.values()))
+        if whole <= 0:
+            return {**dict.fromkeys(parts, 0.0), "waiting": 1.0}
+        shares = {name: value / whole for name, value in parts.items()}
+        return {**shares, "waiting": max(0.0, 1 - sum(shares.values()))}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON-able values."""
+        content = asdict(self)
+        for name, value in content.items():
+            if isinstance(value, float):
+                content[name] = round(value, 3)
+        shares = {name: round(share, 4) for name, share in self.shares().items()}
+        return {**content, "waiting": round(self.waiting, 3), "shares": shares}
+
+
+def added(figures: Iterable[EngineFigures], name: str = "all") -> EngineFigures:
+    """Return the figures of several engines together."""
+    found = list(figures)
+
+    def total(field: str) -> Any:
+        return sum(getattr(each, field) for each in found)
+
+    return EngineFigures(
+        engine=name,
+        slots=total("slots"),
+        busy=total("busy"),
+        trials=total("trials"),
+        lanes=total("lanes"),
+        seconds=float(total("seconds")),
+        compiling=float(total("compiling")),
+        training=float(total("training")),
+        keeping=float(total("keeping")),
+    )
+
+
+@dataclass(frozen=True)
+class SessionFigures:
+    """What the engines of a session did, for `search.json`.
+
+    Attributes
+    ----------
+    engines
+        By engine.
+    processes
+        Processes that were started, by kind: ``engines``, ``trials``, ``dispatcher``.
+    trials
+        Trials that ended in the session.
+    """
+
+    engines: tuple[EngineFigures, ...]
+    processes: Mapping[str, int]
+    trials: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON-able values."""
+        return {
+            "trials": self.trials,
+            "processes": dict(self.processes),
+            "all": added(self.engines).as_dict(),
+            "engines": [each.as_dict() for each in self.engines],
         }
-        for name in NAMES
-    }
-
-
-def _resampled(squared: ArrayLike, nights: ArrayLike) -> dict[str, Floats]:
-    errors = np.asarray(squared, dtype=float)
-    rmse = resampled_rmse(errors, night_weights(nights))
-    if rmse.ndim > 2:
-        rmse = rmse.mean(axis=1)
-    by_band = dict(zip(BANDS, rmse.T, strict=True))
-    return {**by_band, "mean": rmse.mean(axis=1), "mean_grz": rmse[:, 1:].mean(axis=1)}
-
-
-def _named(rmse: Floats) -> dict[str, float]:
-    by_band = {band: float(value) for band, value in zip(BANDS, rmse, strict=True)}
-    return {**by_band, "mean": float(rmse.mean()), "mean_grz": float(rmse[1:].mean())}

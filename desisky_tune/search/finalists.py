@@ -23,10 +23,10 @@ from desisky_tune.search.folds import (
     folds_as_exposures,
     observed,
 )
-from desisky_tune.search.local import member_path
 from desisky_tune.search.records import Ledger, TrialRecord, parameter_count
 from desisky_tune.search.space import SearchSpec, default_configuration
 from desisky_tune.search.standing import Standing, rank
+from desisky_tune.search.trial_files import member_path
 
 if TYPE_CHECKING:
     from desisky_tune.inference.bootstrap import Floats
@@ -157,7 +157,9 @@ def out_of_fold(run: SearchRun, number: int) -> OutOfFold:
     for member in members:
         validation = folds[member.fold][1]
         places = np.searchsorted(rows, validation)
-        predictor = Predictor.load(member_path(run.folder.trials, number, member))
+        source = member_path(run.folder.trials, number, member)
+        run.folder.fetched(source)
+        predictor = Predictor.load(source)
         frame = run.table.frame.iloc[validation]
         predictions[seeds.index(member.seed), places] = predictor.predict(frame)
         fold[places] = member.fold

@@ -22,14 +22,19 @@ from __future__ import annotations
 import fcntl
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from desisky_tune.data.remote import is_url
 from desisky_tune.errors import RunError
 from desisky_tune.files import append_line, atomic_open
+from desisky_tune.search.storage import RunMirror, split_run_url
+
+if TYPE_CHECKING:
+    from desisky_tune.search.records import TrialRecord
 
 #: Version of the layout and of `search.json`.
 SCHEMA = 1
@@ -56,9 +61,18 @@ def valid_run_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The files of one run."""
+    """The files of one run.
+
+    Attributes
+    ----------
+    path
+        The folder.
+    mirror
+        Where the run lies on a URL, of which the folder is a copy; None for a folder.
+    """
 
     path: Path
+    mirror: RunMirror | None = None
 
     @property
     def name(self) -> str:
@@ -145,11 +159,8 @@ class RunFolder:
             When the name is not allowed, taken (`exact`), or the folder cannot be made.
         """
         valid_run_name(name)
-        if "://" in str(runs):
-            raise RunError(
-                f"runs {str(runs)!r}: a folder is needed (a local one, or one that all nodes "
-                "mount); this version writes to no URL"
-            )
+        if is_url(runs):
+            return cls._create_on(str(runs), name, exact=exact)
         root = Path(runs).expanduser().absolute()
         attempt = 1
         while True:
@@ -168,6 +179,47 @@ class RunFolder:
                 attempt += 1
             except OSError as error:
                 raise RunError(f"cannot make {path}: {error.strerror or error}") from error
+
+    @classmethod
+    def _create_on(cls, runs: str, name: str, *, exact: bool) -> RunFolder:
+        attempt = 1
+        while True:
+            chosen = name if attempt == 1 else f"{name}-{attempt}"
+            mirror = RunMirror.of(runs, chosen)
+            if mirror.read("search.json") is None:
+                return cls(mirror.folder, mirror)
+            if exact:
+                raise RunError(
+                    f"{mirror.url} exists: choose another --name, or continue it with "
+                    f"'desisky-tune resume {mirror.url}'"
+                )
+            attempt += 1
+
+    @property
+    def place(self) -> Path | str:
+        """How the run is called in a command: its folder, or its URL."""
+        return self.path if self.mirror is None else self.mirror.url
+
+    def kept(self, *paths: Path) -> None:
+        """Put files of the folder to where the run lies, where that is a URL."""
+        if self.mirror is not None:
+            for path in paths:
+                self.mirror.put(path)
+
+    def publish(self, records: Iterable[TrialRecord]) -> None:
+        """Put what a finished search has made to where the run lies, where that is a URL."""
+        if self.mirror is None:
+            return
+        made = [self.ledger, self.evaluation, self.search_json, *self.path.glob("*.parquet")]
+        made += [self.finalists, *self.path.glob("best/*"), *self.path.glob("ensemble/*")]
+        self.kept(*(path for path in made if path.is_file()))
+        self.mirror.forget_states(record.number for record in records)
+
+    def fetched(self, *paths: Path) -> None:
+        """Bring files into the folder, where the run lies on a URL that has them."""
+        if self.mirror is not None:
+            for path in paths:
+                self.mirror.fetch(path)
 
     def _begun(self) -> bool:
         """Whether more stands here than a search leaves that is killed at its start."""
@@ -203,6 +255,11 @@ class RunFolder:
         RunError
             When there is no run at `path`.
         """
+        if is_url(path):
+            runs, name = split_run_url(str(path))
+            mirror = RunMirror.of(runs, valid_run_name(name))
+            mirror.pull()
+            return cls(mirror.folder, mirror)
         folder = cls(Path(path).expanduser().absolute())
         if not folder.search_json.is_file():
             what = "no such folder" if not folder.path.is_dir() else "it has no search.json"
@@ -234,13 +291,14 @@ class RunFolder:
     def write_search(self, content: Mapping[str, Any]) -> None:
         """Write `search.json` whole."""
         write_json(self.search_json, {"schema": SCHEMA, **content})
+        self.kept(self.search_json)
 
     def note_started(self, number: int, configuration: Mapping[str, Any]) -> None:
         """Remember that a trial was handed out."""
-        append_line(
-            self.started,
-            json.dumps({"number": number, "configuration": dict(configuration)}),
-        )
+        line = json.dumps({"number": number, "configuration": dict(configuration)})
+        if self.mirror is not None:
+            self.mirror.put_json(f"started/{number:05d}.json", line)
+        append_line(self.started, line)
 
     def read_started(self) -> dict[int, dict[str, Any]]:
         """Return the trials that were handed out: number -> configuration.

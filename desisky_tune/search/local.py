@@ -1,4 +1,4 @@
-"""The backend that trains inside the trial's own process.
+"""The backend that trains with one program per trial, in the process that calls it.
 
 JAX is imported when the first trial begins, not when this module is: the driver of a
 search needs none of it.
@@ -6,24 +6,35 @@ search needs none of it.
 
 from __future__ import annotations
 
+import functools
 import os
+import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from desisky_tune.data.columns import BANDS
-from desisky_tune.errors import CheckpointError, MissingFileError
 from desisky_tune.search.arrays import Fold, SearchArrays
 from desisky_tune.search.backend import CURVE_SERIES, Assignment, Member, Progress
-from desisky_tune.search.pooling import MemberCurve, pool, pooled_progress
+from desisky_tune.search.figures import Meter
+from desisky_tune.search.pooling import MemberCurve, member_progress, pool, pooled_progress
+from desisky_tune.search.trial_files import (
+    TrialFiles,
+    checkpoint_path,
+    final_path,
+    member_path,
+    state_path,
+    sweep,
+)
 
 if TYPE_CHECKING:
-    from desisky_tune.search.records import TrialRecord
     from desisky_tune.search.space import TrainingSpec
+    from desisky_tune.search.storage import RunMirror
     from desisky_tune.training.program import TrainingArrays
     from desisky_tune.training.scaling import Scaling
 
@@ -68,8 +79,27 @@ class _Training:
     before: tuple[int, Any] | None = None
 
 
+class _Trial:
+    """The members of a trial; whoever trains or keeps them holds the lock."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.trainings: dict[Member, _Training] = {}
+
+
+class _Compiled:
+    """Whether a program has been compiled for arrays of a shape; the lock is whose turn it is."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.done = False
+
+
 class LocalBackend:
-    """Trains one trial at a time, in this process; its members one after another.
+    """Trains trials in this process, each in the thread that asks for it.
+
+    Several threads may train a trial each; one trial's members follow one another. What two
+    threads need is compiled once, while the other waits.
 
     Parameters
     ----------
@@ -81,6 +111,13 @@ class LocalBackend:
         Where the states and the checkpoints of the trials are written.
     header
         Further keys for the header of each checkpoint: where it comes from.
+    mirror
+        Where a run on a URL has its files: each is put there, and fetched when it is wanted.
+
+    Attributes
+    ----------
+    meter
+        How long was compiled and trained, by all threads together.
     """
 
     def __init__(
@@ -89,32 +126,40 @@ class LocalBackend:
         training: TrainingSpec,
         folder: Path,
         header: Mapping[str, Any] | None = None,
+        mirror: RunMirror | None = None,
     ) -> None:
         self._training = training
-        self._folder = folder
+        self._files = TrialFiles(folder, mirror)
         self._header = dict(header or {})
         self._features = arrays.features
         self._rows = arrays
         self._folds: dict[int, _FoldRows] = {}
-        self._running: dict[int, dict[Member, _Training]] = {}
+        self._trials: dict[int, _Trial] = {}
+        self._compiled: WeakKeyDictionary[Any, dict[Any, _Compiled]] = WeakKeyDictionary()
+        self._lock = threading.Lock()
+        self.meter = Meter()
 
     def advance(self, trial: Assignment, epochs: int) -> Progress:
         """Train on to `epochs` epochs in total; the state is on disk when this returns."""
-        running = self._running.setdefault(trial.number, {})
-        if not running:
-            # Weights of an unfinished trial, which an interrupt left, are not its last.
-            checkpoint_path(self._folder, trial.number).unlink(missing_ok=True)
-        for member in trial.trainings:
-            training = running.get(member) or self._open(trial, member)
-            if training.epochs < epochs:
-                training = self._train(trial, member, training, epochs)
-            running[member] = training
-            if training.failed:
-                break
-        progress = self._progress(trial, running)
-        if trial.keep_members and progress.epochs >= self._training.epochs and not progress.failed:
-            self._keep_members(trial, running)
-        return progress
+        with self._lock:
+            running = self._trials.setdefault(trial.number, _Trial())
+        with running.lock:
+            if not running.trainings:
+                self._files.discard_weights(trial)
+            for member in trial.trainings:
+                training = running.trainings.get(member)
+                if training is None:
+                    training = self._open(trial, member)
+                if training.epochs < epochs:
+                    training = self._train(trial, member, training, epochs)
+                running.trainings[member] = training
+                if training.failed:
+                    break
+            progress = self._progress(trial, running.trainings)
+            complete = progress.epochs >= self._training.epochs and not progress.failed
+            if trial.keep_members and complete:
+                self._keep_members(trial, running.trainings)
+            return progress
 
     def release(self, trial: Assignment) -> None:
         """Keep the best weights of a trial, and forget it here.
@@ -123,47 +168,45 @@ class LocalBackend:
         up again. `sweep` removes the states of the trials that are finished. A trial of
         several members has no weights of its own: none are kept.
         """
-        running = self._running.pop(trial.number, None)
-        if not running or len(trial.trainings) > 1 or self._progress(trial, running).failed:
+        with self._lock:
+            running = self._trials.pop(trial.number, None)
+        if running is None:
             return
-        ((member, training),) = running.items()
-        write_checkpoint(
-            checkpoint_path(self._folder, trial.number),
-            training.program.best_model(training.state),
-            self._progress(trial, running),
-            trial,
-            self._training,
-            self._features,
-            self._fold(member.fold).scaling,
-            self._header,
-        )
+        with running.lock:
+            trainings = running.trainings
+            if not trainings or len(trial.trainings) > 1 or self._progress(trial, trainings).failed:
+                return
+            ((member, training),) = trainings.items()
+            write = functools.partial(
+                write_checkpoint,
+                model=training.program.best_model(training.state),
+                progress=self._progress(trial, trainings),
+                trial=trial,
+                training=self._training,
+                features=self._features,
+                scaling=self._fold(member.fold).scaling,
+                header=self._header,
+            )
+            self._files.write_weights(trial, write)
 
     def _keep_members(self, trial: Assignment, running: Mapping[Member, _Training]) -> None:
         """Write the weights of every member at the best epoch of its seed's pooled curve."""
         best_epochs = pool(self._curves(running)).best_epochs
         for member, training in running.items():
             epoch = best_epochs[member.seed]
-            series = {name: values[epoch] for name, values in training.curve.items()}
-            progress = Progress(
-                epochs=training.epochs,
-                objective=training.objectives[epoch],
-                best_epoch=epoch,
-                rmse={band: series[band] for band in BANDS},
-                train_loss=series["train_loss"],
-                test_loss=series["test_loss"],
-                seconds=training.seconds,
+            write = functools.partial(
+                write_checkpoint,
+                model=self._model_at(trial, member, training, epoch),
+                progress=member_progress(
+                    training.curve, training.objectives, training.seconds, epoch
+                ),
+                trial=trial,
+                training=self._training,
+                features=self._features,
+                scaling=self._fold(member.fold).scaling,
+                header=member_header(self._header, member),
             )
-            origin = dict(self._header.get("search", {}), fold=member.fold)
-            write_checkpoint(
-                member_path(self._folder, trial.number, member),
-                self._model_at(trial, member, training, epoch),
-                progress,
-                trial,
-                self._training,
-                self._features,
-                self._fold(member.fold).scaling,
-                {**self._header, "search": origin, "seed": member.seed},
-            )
+            self._files.write_member(trial, member, write)
 
     def _model_at(self, trial: Assignment, member: Member, training: _Training, epoch: int) -> Any:
         """Return a member's weights after `epoch`, trained again where they were not its best."""
@@ -183,9 +226,10 @@ class LocalBackend:
     ) -> _Training:
         began = time.perf_counter()
         arrays = self._fold(member.fold).arrays
-        state, curve = training.program.advance(
-            training.state, arrays, _hyperparameters(trial), epochs - training.epochs
-        )
+        with self.meter.spending("training"):
+            state, curve = training.program.advance(
+                training.state, arrays, _hyperparameters(trial), epochs - training.epochs
+            )
         series = dict(
             zip(
                 CURVE_SERIES,
@@ -239,12 +283,10 @@ class LocalBackend:
         comes of a trial is the same either way.
         """
         program = self._program(trial)
-        try:
-            state, notes = program.load_state(self._state_path(trial, member))
-            if notes["trial"] == self._key(trial, member):
-                return _Training(program, state, **notes["progress"])
-        except (MissingFileError, CheckpointError, KeyError, TypeError):
-            pass
+        self._compile(program, self._fold(member.fold).arrays)
+        left = self._files.read_state(trial, member, program.load_state)
+        if left is not None and left[1].get("trial") == self._key(trial, member):
+            return _Training(program, left[0], **left[1]["progress"])
         return _Training(program, program.init(member.seed), 0, 0.0, {}, [])
 
     def _save(self, trial: Assignment, member: Member, training: _Training) -> None:
@@ -255,10 +297,11 @@ class LocalBackend:
             "objectives": training.objectives,
         }
         notes = {"trial": self._key(trial, member), "progress": progress}
-        training.program.save_state(self._state_path(trial, member), training.state, notes)
-
-    def _state_path(self, trial: Assignment, member: Member) -> Path:
-        return state_path(self._folder, trial.number, member if trial.members else None)
+        self._files.write_state(
+            trial,
+            member,
+            lambda path: training.program.save_state(path, training.state, notes),
+        )
 
     def _key(self, trial: Assignment, member: Member) -> dict[str, Any]:
         return {
@@ -270,50 +313,48 @@ class LocalBackend:
 
     def _fold(self, number: int) -> _FoldRows:
         """Scale a fold by its own training rows and put it on the device, once."""
-        if number not in self._folds:
-            from desisky_tune.training.program import training_arrays
-            from desisky_tune.training.scaling import Scaling
+        with self._lock:
+            if number not in self._folds:
+                from desisky_tune.training.program import training_arrays
+                from desisky_tune.training.scaling import Scaling
 
-            train, validation = self._rows.training_rows(number), self._rows.validation_rows(number)
-            scaling = Scaling.fit(*train)
-            arrays = training_arrays(*train, *validation, scaling)
-            self._folds[number] = _FoldRows(scaling, arrays, len(validation[0]))
-        return self._folds[number]
+                train = self._rows.training_rows(number)
+                validation = self._rows.validation_rows(number)
+                scaling = Scaling.fit(*train)
+                arrays = training_arrays(*train, *validation, scaling)
+                self._folds[number] = _FoldRows(scaling, arrays, len(validation[0]))
+            return self._folds[number]
 
     def _program(self, trial: Assignment) -> Any:
         from desisky_tune.training.program import program_for
 
-        return program_for(
-            in_size=len(self._features),
-            out_size=len(BANDS),
-            width=int(trial.configuration["width"]),
-            depth=int(trial.configuration["depth"]),
-            batch_size=int(trial.configuration["batch_size"]),
-            loss=self._training.loss,
-            select="rmse",
-            epochs=self._training.epochs,
-        )
+        # Two threads that asked at once would get two programs. The first one ever may compile
+        # the native core.
+        with self.meter.spending("compiling"), self._lock:
+            return program_for(
+                in_size=len(self._features),
+                out_size=len(BANDS),
+                width=int(trial.configuration["width"]),
+                depth=int(trial.configuration["depth"]),
+                batch_size=int(trial.configuration["batch_size"]),
+                loss=self._training.loss,
+                select="rmse",
+                epochs=self._training.epochs,
+            )
 
-
-def state_path(folder: Path, number: int, member: Member | None = None) -> Path:
-    """Where the state of an unfinished trial lies; of one of its members, where it has some."""
-    which = "" if member is None else f"-fold{member.fold}-seed{member.seed}"
-    return folder / f"{number:05d}{which}.state"
-
-
-def checkpoint_path(folder: Path, number: int) -> Path:
-    """Where the best weights of a trial lie."""
-    return folder / f"{number:05d}.eqx"
-
-
-def member_path(folder: Path, number: int, member: Member) -> Path:
-    """Where the weights of one member of a trial lie, where they are kept."""
-    return folder / f"{number:05d}-fold{member.fold}-seed{member.seed}.eqx"
-
-
-def final_path(folder: Path, number: int) -> Path:
-    """Where the weights of a trial's configuration lie that were fitted to all its folds' rows."""
-    return folder / f"{number:05d}-final.eqx"
+    def _compile(self, program: Any, arrays: TrainingArrays) -> None:
+        """Compile a program, where it has to be: once, by the first thread that needs it."""
+        prepare = getattr(program, "prepare", None)
+        if prepare is None:
+            return  # native code
+        shapes = tuple(part.shape for part in arrays)
+        with self._lock:
+            compiled = self._compiled.setdefault(program, {}).setdefault(shapes, _Compiled())
+        with compiled.lock:
+            if not compiled.done:
+                with self.meter.spending("compiling"):
+                    prepare(arrays)
+                compiled.done = True
 
 
 def _hyperparameters(trial: Assignment) -> Any:
@@ -323,17 +364,6 @@ def _hyperparameters(trial: Assignment) -> Any:
         learning_rate=float(trial.configuration["learning_rate"]),
         huber_delta=float(trial.configuration["huber_delta"]),
     )
-
-
-def sweep(folder: Path, records: Collection[TrialRecord]) -> None:
-    """Remove the states of finished trials: their weights have been kept, or are of no use."""
-    finished = {f"{record.number:05d}" for record in records}
-    for path in folder.glob("*-fold*.state"):
-        if path.name.split("-")[0] in finished:
-            path.unlink(missing_ok=True)
-    for record in records:
-        if record.state == "FAIL" or checkpoint_path(folder, record.number).exists():
-            state_path(folder, record.number).unlink(missing_ok=True)
 
 
 def write_checkpoint(
@@ -375,12 +405,18 @@ def write_checkpoint(
     save(path, folded, meta)
 
 
+def member_header(header: Mapping[str, Any], member: Member) -> dict[str, Any]:
+    """Return what the checkpoint of one training of a trial says of its origin."""
+    origin = {**header.get("search", {}), "fold": member.fold}
+    return {**header, "search": origin, "seed": member.seed}
+
+
 def process_environment(*, gpu: bool) -> dict[str, str]:
-    """What must stand in the environment of a trial's process before JAX is imported there.
+    """What must stand in the environment of a process that trains before JAX is imported there.
 
     Compiled programs are kept in the user's cache folder: a shape that any earlier trial
-    or search has used costs a tenth of its compile. A trial that asked for no GPU must
-    not take one: Ray leaves all of them visible to it.
+    or search has used costs a tenth of its compile. Who trains on the CPU must not take a
+    GPU: Ray leaves all of them visible to it.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     defaults = {

@@ -38,6 +38,7 @@ def write_run(run: SearchRun) -> None:
     folder, spec, table, split = run.folder, run.spec, run.table, run.split
     with atomic_path(folder.features) as temporary:
         table.frame.to_parquet(temporary)
+    folder.kept(folder.features)
     folder.write_search(
         {
             "name": folder.name,

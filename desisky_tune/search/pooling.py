@@ -189,3 +189,21 @@ def _failed(members: Sequence[MemberCurve], seconds: float, reason: str) -> Prog
         objectives=list(alone.objectives) if alone else [],
         reason=reason,
     )
+
+
+def member_progress(
+    curve: Mapping[str, Sequence[float]],
+    objectives: Sequence[float],
+    seconds: float,
+    epoch: int,
+) -> Progress:
+    """Say where one training stood after `epoch`, by its own curve."""
+    return Progress(
+        epochs=len(objectives),
+        objective=objectives[epoch],
+        best_epoch=epoch,
+        rmse={band: curve[band][epoch] for band in BANDS},
+        train_loss=curve["train_loss"][epoch],
+        test_loss=curve["test_loss"][epoch],
+        seconds=seconds,
+    )

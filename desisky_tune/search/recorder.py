@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback, Stopper
 
-from desisky_tune.errors import StorageError
-from desisky_tune.search.events import Event, EventSink, TrialFinished, TrialReported
+from desisky_tune.errors import EngineError, StorageError
+from desisky_tune.search.events import Event, EventSink, Note, TrialFinished, TrialReported
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.local import sweep
-from desisky_tune.search.records import Ledger, TrialRecord, best_record, finish
+from desisky_tune.search.patience import patiently
+from desisky_tune.search.records import (
+    Ledger,
+    TrialRecord,
+    best_record,
+    finish,
+    record_to_json,
+)
+from desisky_tune.search.stopping import StopRequest
 
 #: Trials that may fail one after another, before any has completed, until a search gives up.
 FAILURES_IN_A_ROW = 8
@@ -44,6 +53,8 @@ class Recorder(Callback):
         Told of each report and each finished trial.
     ledger
         Where the records go; by default the search's.
+    stop
+        Told which trials run and report, so that a search that is to end waits for them.
     """
 
     def __init__(
@@ -58,6 +69,7 @@ class Recorder(Callback):
         seed: int,
         emit: EventSink,
         ledger: Path | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
         self._folder = folder
         self._ledger = Ledger(folder.ledger if ledger is None else ledger)
@@ -70,11 +82,13 @@ class Recorder(Callback):
         self._deaths = deaths
         self._seed = seed
         self._emit = emit
+        self._stop = stop or StopRequest()
+        self._told_of_stop = False
         self.failures_in_a_row = 0
         #: Numbers of the trials whose process died and that may be tried once more.
         self.died: set[int] = set()
         #: Why nothing more can be written, which ends the session; None while all is well.
-        self.broken: StorageError | None = None
+        self.broken: StorageError | EngineError | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the watcher: Ray Tune pickles its callbacks to disk."""
@@ -95,26 +109,31 @@ class Recorder(Callback):
         """Write down that a trial was handed out, before its first epoch."""
         number, configuration = _identity(trial)
         self._clock.setdefault(number, time.time())
+        self._stop.began(number)
         if number not in self._started:
             self._started.add(number)
             with self._keeping_faults():
-                self._folder.note_started(number, configuration)
+                self._patiently(lambda: self._folder.note_started(number, configuration))
 
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Pass a report on."""
         number, _ = _identity(trial)
+        self._stop.reported(number)
         if result.get("reason") is None:
             self._emit(TrialReported(number, int(result["epochs"]), float(result["objective"])))
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Record a trial that ended by itself or was pruned."""
+        self._stop.ended(_identity(trial)[0])
         self._record(trial, trial.last_result, reason=trial.last_result.get("reason"))
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Count a death after which Ray Tune starts the trial again by itself."""
-        self._deaths[_identity(trial)[0]] += 1
+        number, _ = _identity(trial)
+        self._stop.ended(number)
+        self._deaths[number] += 1
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Record a trial whose process died more often than it may.
@@ -122,23 +141,59 @@ class Recorder(Callback):
         Ray Tune gives a trial up at once when its process dies between two trials.
         """
         number, _ = _identity(trial)
+        self._stop.ended(number)
         self._deaths[number] += 1
         reason = _reason(trial)
-        if "StorageError: " in reason:
+        if (fault := _machine_fault(reason)) is not None:
             # Not this trial's fault, and the next one would meet it too.
-            self.broken = self.broken or StorageError(reason.split("StorageError: ", 1)[1])
+            self.broken = self.broken or fault
         elif self._deaths[number] <= self._max_deaths:
             self.died.add(number)
         else:
             self._record(trial, trial.last_result or {}, reason=reason)
+
+    def _keep(self, record: TrialRecord) -> None:
+        mirror = self._folder.mirror
+        if mirror is not None:
+            mirror.put_json(
+                f"{self._ledger.path.stem}/{record.number:05d}.json", record_to_json(record)
+            )
+        self._ledger.append(record)
+
+    def _patiently(self, write: Callable[[], object]) -> None:
+        """Write to the run's folder, again and again while that fails."""
+
+        def attempt() -> None:
+            if not self._folder.search_json.is_file():
+                # Not a fresh file in the place where a file system is not mounted.
+                raise StorageError(f"{self._folder.search_json} is gone")
+            write()
+
+        patiently(
+            attempt,
+            tell=lambda text: self._emit(Note(text)),
+            give_up=lambda: self._stop.asked is not None,
+        )
+
+    def has_to_end(self) -> bool:
+        """Whether the session is to end now: asked to, hopeless, or unable to write."""
+        if self._stop.asked is not None and not self._told_of_stop:
+            self._told_of_stop = True
+            self._emit(
+                Note(
+                    f"{self._stop.name}: the trials that run finish their rungs, for up to "
+                    f"{self._stop.grace:g} s; a second one ends the search at once"
+                )
+            )
+        return self._stop.is_due or self.gives_up or self.broken is not None
 
     @contextmanager
     def _keeping_faults(self) -> Iterator[None]:
         """Keep a fault of the storage for who runs the session: Ray Tune would swallow it."""
         try:
             yield
-        except StorageError as fault:
-            self.broken = self.broken or fault
+        except OSError as fault:
+            self.broken = self.broken or StorageError(str(fault))
 
     def _record(self, trial: Any, result: Mapping[str, Any], *, reason: str | None) -> None:
         number, configuration = _identity(trial)
@@ -155,11 +210,12 @@ class Recorder(Callback):
             ended=time.time(),
         )
         with self._keeping_faults():
-            self._ledger.append(record)
+            self._patiently(lambda: self._keep(record))
         if self.broken is not None:
             return
         self._records[number] = record
-        sweep(self._folder.trials, self._records.values())
+        with suppress(OSError):  # the next one removes what this one could not
+            sweep(self._folder.trials, self._records.values())
         self.failures_in_a_row = self.failures_in_a_row + 1 if record.state == "FAIL" else 0
         self._emit(
             TrialFinished(record, len(self._records), self._total, best_record(self.records))
@@ -177,8 +233,8 @@ class GiveUp(Stopper):
         return False
 
     def stop_all(self) -> bool:
-        """Stop everything when the recorder gives up, or can write no more."""
-        return self._recorder.gives_up or self._recorder.broken is not None
+        """Stop everything when the recorder says so."""
+        return self._recorder.has_to_end()
 
 
 def _identity(trial: Any) -> tuple[int, dict[str, Any]]:
@@ -189,11 +245,22 @@ def _identity(trial: Any) -> tuple[int, dict[str, Any]]:
 def _reason(trial: Any) -> str:
     error = trial.get_error() if hasattr(trial, "get_error") else None
     lines = [line.strip() for line in str(error or "").splitlines() if line.strip()]
-    if not lines:
+    # Ray Tune numbers the failures of a trial in the file that it keeps of them.
+    said = [line for line in lines if not line.startswith("Failure # ")]
+    if not said:
         return "the trial's process ended without saying why"
     # Ray wraps the cause: what was raised stands in the last line, the kind of death in the first.
-    text = lines[-1] if "Error" in lines[-1] else lines[0]
+    text = said[-1] if "Error" in said[-1] else said[0]
     return text[:500]
+
+
+def _machine_fault(reason: str) -> StorageError | EngineError | None:
+    """Return a fault of the machine that the reason of a trial tells of."""
+    if (found := re.search(r"EngineError: (.*)", reason)) is not None:
+        return EngineError(found[1])
+    if (found := re.search(r"StorageError: (.*)|(\[Errno \d+\].*)", reason)) is not None:
+        return StorageError(found[1] or found[2])
+    return None
 
 
 def _nobody(event: Event) -> None:

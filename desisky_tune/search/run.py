@@ -19,6 +19,7 @@ from desisky_tune.search.events import (
     EventSink,
     SearchFinished,
 )
+from desisky_tune.search.figures import SessionFigures
 from desisky_tune.search.finalists import (
     conclude_finalists,
     fixed_finalists,
@@ -27,7 +28,7 @@ from desisky_tune.search.finalists import (
 )
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.leaderboard import leaderboard
-from desisky_tune.search.local import sweep
+from desisky_tune.search.local import checkpoint_path, state_path, sweep
 from desisky_tune.search.origin import SearchRun, now, open_run, write_run
 from desisky_tune.search.records import (
     Ledger,
@@ -36,7 +37,8 @@ from desisky_tune.search.records import (
     remaining_trials,
     write_tables,
 )
-from desisky_tune.search.space import SearchSpec, load_spec
+from desisky_tune.search.space import SearchSpec, default_configuration, load_spec
+from desisky_tune.search.stopping import StopRequest, stop_signals
 from desisky_tune.search.winner import crown, crown_finalist
 
 if TYPE_CHECKING:
@@ -50,7 +52,9 @@ class SearchResult:
     Attributes
     ----------
     run_dir
-        The run's folder.
+        The run's folder; of a run on a URL, the copy of it that this process has.
+    place
+        How commands call the run: its folder, or its URL.
     records
         Every trial, by number.
     winner
@@ -67,6 +71,7 @@ class SearchResult:
     """
 
     run_dir: Path
+    place: Path | str
     records: list[TrialRecord]
     winner: TrialRecord
     checkpoint: Path
@@ -91,7 +96,7 @@ def run_search(
     spec
         The specification, or the name or path of a space file.
     runs
-        Folder that holds the runs.
+        Folder, or URL (``s3://``, ``gs://``, ``file://``), that holds the runs.
     name
         Name of the run; by default the specification's, with a number where it is taken.
     address
@@ -112,25 +117,30 @@ def run_search(
     SearchError
         When no trial completed.
     SearchInterrupted
-        On Ctrl-C, or when the time limit ended the search early without a complete trial.
+        On SIGTERM and Ctrl-C, or when the time limit ended the search early without a
+        complete trial. No winner is chosen or measured then.
     """
     if isinstance(spec, str):
         spec = load_spec(spec)
     emit = on_event or _ignore
     started = time.time()
-    # A table needs no Ray, so that its faults are told before one is started.
-    table = None if needs_ray(spec.data.source) else _features(spec)
-    with ray_session(address=address, dashboard=dashboard) as ray:
-        table = table or _features(spec, address=address)
-        split = make_split(
-            table.frame, spec.split.by, fractions=spec.split.fractions, seed=spec.split.seed
-        )
-        folder = RunFolder.create(runs, spec.name if name is None else name, exact=name is not None)
-        run = SearchRun(folder, spec, table, split)
-        with folder.lock():
-            write_run(run)
-            _search(run, ray, emit, local=address is None)
-            return _finish(run, emit, started)
+    with stop_signals() as stop:
+        # A table needs no Ray, so that its faults are told before one is started.
+        table = None if needs_ray(spec.data.source) else _features(spec)
+        with ray_session(address=address, dashboard=dashboard) as ray:
+            stop.listen()
+            table = table or _features(spec, address=address)
+            split = make_split(
+                table.frame, spec.split.by, fractions=spec.split.fractions, seed=spec.split.seed
+            )
+            chosen = spec.name if name is None else name
+            folder = RunFolder.create(runs, chosen, exact=name is not None)
+            run = SearchRun(folder, spec, table, split)
+            with folder.lock():
+                write_run(run)
+                stop.run_dir = folder.place
+                figures = _search(run, ray, emit, stop, local=address is None)
+                return _finish(run, emit, started, figures)
 
 
 def resume_search(
@@ -155,17 +165,22 @@ def resume_search(
     emit = on_event or _ignore
     started = time.time()
     run = open_run(run_dir)
-    with run.folder.lock():
+    with run.folder.lock(), stop_signals() as stop:
+        stop.run_dir = run.folder.place
         ended = "result" in run.folder.read_search()
         records = Ledger(run.folder.ledger).records()
+        figures: list[SessionFigures] = []
         if not ended and _unfinished(run, records):
             with ray_session(address=address, dashboard=dashboard) as ray:
-                _search(run, ray, emit, local=address is None)
-        return _finish(run, emit, started)
+                stop.listen()
+                figures = _search(run, ray, emit, stop, local=address is None)
+        return _finish(run, emit, started, figures)
 
 
-def _search(run: SearchRun, ray: Any, emit: EventSink, *, local: bool) -> None:
-    """Run the trials that are still to be run."""
+def _search(
+    run: SearchRun, ray: Any, emit: EventSink, stop: StopRequest, *, local: bool
+) -> list[SessionFigures]:
+    """Run the trials that are still to be run; return what the engines did."""
     parts = {name: getattr(run.split, name) for name in ("train", "validation", "test")}
     nights = run.table.frame["NIGHT"]
     emit(
@@ -176,21 +191,27 @@ def _search(run: SearchRun, ray: Any, emit: EventSink, *, local: bool) -> None:
             provenance=dict(run.table.provenance),
         )
     )
-    # Imports Ray, which has begun.
+    # These import Ray, which has begun.
+    from desisky_tune.search.gauges import measured
     from desisky_tune.search.session import run_stage
     from desisky_tune.search.stages import FinalistStage, SearchStage
 
+    figures: list[SessionFigures] = []
     finalists = recorded_finalists(run)
     if finalists is None:
-        run_stage(run, SearchStage(run), ray, emit, local=local)
+        known = Ledger(run.folder.ledger).records()
+        with measured(run.folder.name, run.spec.search.trials, known, emit) as told:
+            figures += run_stage(run, SearchStage(run), ray, told, local=local, stop=stop)
     if run.spec.evaluation.final_plan[0]:
         records = Ledger(run.folder.ledger).records()
         if best_record(records) is None:
-            return  # there is no winner, which is told when the run is finished
+            return figures  # there is no winner, which is told when the run is finished
         finalists = fixed_finalists(run, records)
         if unfinished_finalists(run, finalists):
             configurations = {each.number: each.configuration for each in finalists}
-            run_stage(run, FinalistStage(run, configurations), ray, emit, local=local)
+            stage = FinalistStage(run, configurations)
+            figures += run_stage(run, stage, ray, emit, local=local, stop=stop)
+    return figures
 
 
 def _unfinished(run: SearchRun, records: list[TrialRecord]) -> bool:
@@ -202,7 +223,9 @@ def _unfinished(run: SearchRun, records: list[TrialRecord]) -> bool:
     return waiting or run.spec.evaluation.final_plan[0] > 0
 
 
-def _finish(run: SearchRun, emit: EventSink, started: float) -> SearchResult:
+def _finish(
+    run: SearchRun, emit: EventSink, started: float, figures: list[SessionFigures]
+) -> SearchResult:
     """Write the tables, choose the winner, write it, measure it."""
     folder, spec = run.folder, run.spec
     records = sorted(Ledger(folder.ledger).records(), key=lambda record: record.number)
@@ -214,6 +237,7 @@ def _finish(run: SearchRun, emit: EventSink, started: float) -> SearchResult:
             f"no trial completed ({len(records)} ended, none of them after "
             f"{spec.training.epochs} epochs): there is no winner in {folder.path}"
         )
+    _fetch_weights(folder, winner, records)
     if run.spec.evaluation.final_plan[0]:
         final = conclude_finalists(run)
         evaluation = crown_finalist(run, final)
@@ -229,7 +253,12 @@ def _finish(run: SearchRun, emit: EventSink, started: float) -> SearchResult:
         for state in ("COMPLETE", "PRUNED", "FAIL")
     }
     content = folder.read_search()
-    sessions = [*content.get("sessions", []), {"ended": now(), "seconds": round(seconds, 3)}]
+    session = {
+        "ended": now(),
+        "seconds": round(seconds, 3),
+        "engines": [each.as_dict() for each in figures],
+    }
+    sessions = [*content.get("sessions", []), session]
     folder.write_search(
         {
             **{key: value for key, value in content.items() if key != "schema"},
@@ -237,9 +266,11 @@ def _finish(run: SearchRun, emit: EventSink, started: float) -> SearchResult:
             "result": {"winner": winner.number, "objective": winner.objective, "states": states},
         }
     )
+    folder.publish(records)
     emit(SearchFinished(folder.path, folder.best, seconds, states))
     return SearchResult(
         run_dir=folder.path,
+        place=folder.place,
         records=records,
         winner=winner,
         checkpoint=folder.best,
@@ -247,6 +278,15 @@ def _finish(run: SearchRun, emit: EventSink, started: float) -> SearchResult:
         evaluation=evaluation,
         seconds=seconds,
     )
+
+
+def _fetch_weights(folder: RunFolder, winner: TrialRecord, records: list[TrialRecord]) -> None:
+    """Bring what the winner and the documented default are made from to this machine."""
+    documented = default_configuration()
+    for record in records:
+        if record.number == winner.number or record.configuration == documented:
+            paths = checkpoint_path, state_path
+            folder.fetched(*(path(folder.trials, record.number) for path in paths))
 
 
 def _features(spec: SearchSpec, address: str | None = None) -> FeatureTable:

@@ -16,6 +16,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from desisky_tune.search.records import TrialRecord, nested
 from desisky_tune.search.space import SearchSpec, rungs
+from desisky_tune.search.stopping import StopRequest
 
 #: Keys of a report (`desisky_tune.search.backend.Progress.as_result`).
 METRIC, MODE, TIME = "objective", "min", "epochs"
@@ -38,9 +39,17 @@ class RungScheduler(ASHAScheduler):
         About one trial in `reduction` goes on from a rung.
     spared
         Numbers of trials that are never stopped. They count at their rungs.
+    stop
+        Whether the search was asked to end: then no trial begins another rung.
     """
 
-    def __init__(self, epochs: list[int], reduction: int, spared: Iterable[int] = (0,)) -> None:
+    def __init__(
+        self,
+        epochs: list[int],
+        reduction: int,
+        spared: Iterable[int] = (0,),
+        stop: StopRequest | None = None,
+    ) -> None:
         super().__init__(
             time_attr=TIME,
             metric=METRIC,
@@ -50,6 +59,7 @@ class RungScheduler(ASHAScheduler):
             reduction_factor=reduction,
         )
         self._spared = frozenset(spared)
+        self._stop = stop
         #: Objective by rung and trial number.
         self._reached: dict[int, dict[int, float]] = {rung: {} for rung in epochs[:-1]}
 
@@ -94,7 +104,7 @@ class RungScheduler(ASHAScheduler):
                 self._reached[int(rung)].setdefault(number, float(objective))
         action = self.decide(number, epochs, float(result[METRIC]))
         self._num_stopped += action == TrialScheduler.STOP
-        return action
+        return _resting(action, self._stop)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: Any) -> None:
         """Its reports have been counted."""
@@ -109,7 +119,15 @@ class RungScheduler(ASHAScheduler):
 
 
 class FullScheduler(FIFOScheduler):
-    """Trains every trial in full."""
+    """Trains every trial in full, unless the search was asked to end (`stop`)."""
+
+    def __init__(self, stop: StopRequest | None = None) -> None:
+        super().__init__()
+        self._stop = stop
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
+        """Let a trial go on to its next rung."""
+        return _resting(TrialScheduler.CONTINUE, self._stop)
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         """Accept any metric: none is looked at."""
@@ -126,9 +144,16 @@ class FullScheduler(FIFOScheduler):
 Scheduler = RungScheduler | FullScheduler
 
 
-def make_scheduler(spec: SearchSpec) -> Scheduler:
+def make_scheduler(spec: SearchSpec, stop: StopRequest | None = None) -> Scheduler:
     """Return the scheduler of a search: ``asha`` or ``none``."""
     if spec.search.scheduler == "none":
-        return FullScheduler()
+        return FullScheduler(stop)
     spared = (0,) if spec.search.default_first else ()
-    return RungScheduler(rungs(spec), spec.search.reduction, spared)
+    return RungScheduler(rungs(spec), spec.search.reduction, spared, stop)
+
+
+def _resting(action: str, stop: StopRequest | None) -> str:
+    """Turn "go on" into "stay where you are" in a search that was asked to end."""
+    if action == TrialScheduler.CONTINUE and stop is not None and stop.asked is not None:
+        return str(TrialScheduler.NOOP)
+    return action

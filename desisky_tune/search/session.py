@@ -20,15 +20,29 @@ from typing import Any
 
 from ray import tune
 
-from desisky_tune.errors import RunError, SearchError, SearchInterrupted
+from desisky_tune.errors import SearchError, SearchInterrupted
+from desisky_tune.search.engine import Work
+from desisky_tune.search.engine_client import EngineBackend
+from desisky_tune.search.engines import (
+    CLOSING_PATIENCE,
+    LEAVING_PATIENCE,
+    TRIAL_CPUS,
+    EngineWatch,
+    RunningEngines,
+    nodes_of,
+    plan_engines,
+    running_engines,
+)
 from desisky_tune.search.events import EventSink, Note, SearchStarted
-from desisky_tune.search.local import LocalBackend, process_environment
+from desisky_tune.search.figures import SessionFigures
 from desisky_tune.search.origin import SearchRun, checkpoint_header
 from desisky_tune.search.recorder import GiveUp, Recorder
-from desisky_tune.search.records import Ledger, best_record, remaining_trials
-from desisky_tune.search.space import SearchSpec
+from desisky_tune.search.records import Ledger, TrialRecord, best_record, remaining_trials
+from desisky_tune.search.restarts import Restarts
+from desisky_tune.search.slot_settings import expected_trainings
 from desisky_tune.search.stages import Stage
-from desisky_tune.search.trial import Roster, SearchTrial, TrialPlan
+from desisky_tune.search.stopping import StopRequest
+from desisky_tune.search.trial import SearchTrial, TrialPlan
 
 #: What Ray Tune reads from the environment; the search draws and writes its own.
 TUNE_ENVIRONMENT: Mapping[str, str] = {
@@ -36,10 +50,19 @@ TUNE_ENVIRONMENT: Mapping[str, str] = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_WARN_THRESHOLD_S": "60",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
 
 
-def run_stage(run: SearchRun, stage: Stage, ray: Any, emit: EventSink, *, local: bool) -> None:
+def run_stage(
+    run: SearchRun,
+    stage: Stage,
+    ray: Any,
+    emit: EventSink,
+    *,
+    local: bool,
+    stop: StopRequest | None = None,
+) -> list[SessionFigures]:
     """Run trials until each has a record, or until something ends the stage early.
 
     Parameters
@@ -54,42 +77,72 @@ def run_stage(run: SearchRun, stage: Stage, ray: Any, emit: EventSink, *, local:
         Told what happens.
     local
         Whether Ray lives in this process: what it has not now it will never have.
+    stop
+        What signals ask of the search.
+
+    Returns
+    -------
+    list of SessionFigures
+        What the engines did, by session.
 
     Raises
     ------
+    EngineError
+        When no engine could be started, or started again.
+    RunError
+        When not one trial fits on what Ray has.
     SearchError
         When every trial failed, or they failed one after another from the first on.
     SearchInterrupted
-        On Ctrl-C, or when the time limit ended the search without a complete trial.
-    StorageError
-        When the run's files cannot be written.
+        On SIGTERM and Ctrl-C, or when the time limit ended the search without a complete
+        trial.
+    StorageLostError
+        When the run's files cannot be written, and that lasts.
     """
+    folder, stop = run.folder, stop or StopRequest()
     limit, trials = stage.time_limit, stage.total
     deadline = None if limit is None else time.monotonic() + limit
     deaths: Counter[int] = Counter()
+    told: list[SessionFigures] = []
+    restarts = Restarts(folder, emit, stop)
     first = True
     while True:
-        recorder = _run_session(run, stage, ray, emit, deaths, deadline, local=local, first=first)
-        records, first = recorder.records, False
+        try:
+            recorder, figures = _run_session(
+                run, stage, ray, emit, deaths, deadline, stop, local=local, first=first
+            )
+        except Exception as fault:
+            restarts.after(fault)
+            continue
+        finally:
+            first = False
+        told.append(figures)
+        records = recorder.records
         if recorder.broken is not None:
-            raise recorder.broken
+            restarts.after(recorder.broken)
+            continue
         failed = sum(record.state == "FAIL" for record in records)
         unfinished = remaining_trials(trials, records)
         if failed == len(records) and (not unfinished or recorder.gives_up):
             raise SearchError(
                 f"all {failed} trials that ended failed, the first with: {records[0].reason}"
             )
+        if stop.asked is not None:
+            break
         if not unfinished:
-            return
+            return told
         if len(recorder.died) < unfinished:
             break
         # Only trials whose process died are left, and each may be tried again.
         emit(Note(f"{unfinished} trials are started again: their processes died"))
     stage.conclude(records)
     done = trials - unfinished
+    if stop.asked is not None:
+        raise stop.interruption(done, trials)
     if deadline is None or time.monotonic() < deadline or best_record(records) is None:
-        raise SearchInterrupted(run.folder.path, done, trials)
+        raise SearchInterrupted(folder.place, done, trials)
     emit(Note(f"the time limit of {limit:g} s ended the search after {done} of {trials} trials"))
+    return told
 
 
 def _run_session(
@@ -99,29 +152,32 @@ def _run_session(
     emit: EventSink,
     deaths: Counter[int],
     deadline: float | None,
+    stop: StopRequest,
     *,
     local: bool,
     first: bool,
-) -> Recorder:
+) -> tuple[Recorder, SessionFigures]:
     """Run the trials that have no record yet in one experiment of Ray Tune."""
     spec, folder = run.spec, run.folder
     known = Ledger(stage.ledger).records()
     remaining = remaining_trials(stage.total, known)
-    resources = {"cpu": spec.resources.cpus_per_trial, "gpu": spec.resources.gpus_per_trial}
-    concurrency = min(_concurrency(spec, ray, emit, local=local), remaining)
-    searcher, scheduler = stage.begin(known, concurrency)
-    arrays = stage.arrays()
-    plan = TrialPlan(
-        rungs=stage.rungs,
-        seed=spec.training.seed,
-        backend=functools.partial(
-            _local_backend, ray.put(arrays), spec.training, folder.trials, checkpoint_header(run)
-        ),
-        environment=process_environment(gpu=spec.resources.gpus_per_trial > 0),
-        members=stage.members,
-        keep_members=stage.keep_members,
-    )
-    roster = ray.remote(num_cpus=0)(Roster).remote(concurrency) if concurrency > 1 else None
+    trainings = max(1, len(stage.members))
+    plans = plan_engines(nodes_of(ray), spec.resources, emit, local=local, members=trainings)
+    in_flight = min(sum(plan.room for plan in plans), remaining)
+    if first:
+        emit(
+            SearchStarted(
+                name=folder.name,
+                run_dir=folder.place,
+                trials=stage.total,
+                epochs=spec.training.epochs,
+                concurrency=min(sum(plan.slots for plan in plans), remaining),
+                finished=len(known),
+                dashboard_url=_dashboard_url(ray),
+                stage=stage.name,
+                trainings=trainings,
+            )
+        )
     recorder = Recorder(
         folder,
         known,
@@ -132,23 +188,54 @@ def _run_session(
         seed=spec.training.seed,
         emit=emit,
         ledger=stage.ledger,
+        stop=stop,
     )
-    if first:
-        emit(
-            SearchStarted(
-                name=folder.name,
-                run_dir=folder.path,
-                trials=stage.total,
-                epochs=spec.training.epochs,
-                concurrency=concurrency,
-                finished=len(known),
-                dashboard_url=_dashboard_url(ray),
-                stage=stage.name,
-                trainings=max(1, len(stage.members)),
-            )
+    work = Work(
+        run=folder.name,
+        training=spec.training,
+        folder=folder.trials,
+        header=checkpoint_header(run),
+        trainings=expected_trainings(spec, in_flight, trainings),
+        mirror=folder.mirror,
+        slots=spec.resources.slots,
+    )
+    with running_engines(ray, plans, work, stage.arrays(), in_flight) as engines:
+        _fit(run, stage, recorder, known, engines, in_flight, deadline, stop, ray=ray, emit=emit)
+        leaving = stop.asked is not None or recorder.broken is not None
+        figures = engines.close(
+            len(recorder.records) - len(known),
+            LEAVING_PATIENCE if leaving else CLOSING_PATIENCE,
         )
+    return recorder, figures
+
+
+def _fit(
+    run: SearchRun,
+    stage: Stage,
+    recorder: Recorder,
+    known: list[TrialRecord],
+    engines: RunningEngines,
+    in_flight: int,
+    deadline: float | None,
+    stop: StopRequest,
+    *,
+    ray: Any,
+    emit: EventSink,
+) -> None:
+    """Let Ray Tune run light trials, `in_flight` at a time, that ask the engines to train."""
+    spec, folder = run.spec, run.folder
+    searcher, scheduler = stage.begin(known, in_flight, stop)
+    plan = TrialPlan(
+        rungs=stage.rungs,
+        seed=spec.training.seed,
+        backend=functools.partial(EngineBackend, engines.dispatcher, spec.search.max_failures),
+        environment={},
+        members=stage.members,
+        keep_members=stage.keep_members,
+    )
     trainable = tune.with_resources(
-        tune.with_parameters(SearchTrial, plan=plan, roster=roster), resources
+        tune.with_parameters(SearchTrial, plan=plan, roster=engines.dispatcher),
+        {"cpu": TRIAL_CPUS},
     )
     tuner = tune.Tuner(
         trainable,
@@ -157,8 +244,8 @@ def _run_session(
             mode="min",
             search_alg=searcher,
             scheduler=scheduler,
-            num_samples=remaining,
-            max_concurrent_trials=concurrency,
+            num_samples=remaining_trials(stage.total, known),
+            max_concurrent_trials=in_flight,
             reuse_actors=True,
             time_budget_s=None if deadline is None else max(1.0, deadline - time.monotonic()),
             trial_name_creator=_trial_name,
@@ -167,7 +254,8 @@ def _run_session(
         run_config=tune.RunConfig(
             name=f"{stage.sessions}-{len(list(folder.tune.glob(f'{stage.sessions}-*'))) + 1}",
             storage_path=str(folder.tune),
-            callbacks=[recorder],
+            # In this order: a trial has its record before its engine lets go of it.
+            callbacks=[recorder, EngineWatch(ray, engines.dispatcher, emit)],
             stop=GiveUp(recorder),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=spec.search.max_failures),
@@ -175,47 +263,10 @@ def _run_session(
         ),
     )
     try:
-        with _quiet_tune():
+        with _quiet_tune(), stop.finishing_rungs():
             tuner.fit()
     finally:
         searcher.close()
-        if roster is not None:
-            ray.kill(roster)  # Ray Tune keeps what trials are given, and it would live on
-    return recorder
-
-
-def _local_backend(arrays: Any, *shared: Any) -> LocalBackend:
-    """Make a trial process's backend around the arrays in Ray's object store."""
-    import ray
-
-    return LocalBackend(ray.get(arrays), *shared)
-
-
-def _concurrency(spec: SearchSpec, ray: Any, emit: EventSink, *, local: bool) -> int:
-    """Trials at a time: what the specification says, or what the cluster holds.
-
-    Raises
-    ------
-    RunError
-        When not one trial fits, and nothing can come that it would fit on.
-    """
-    asked, have = spec.resources, ray.cluster_resources()
-    room = have.get("CPU", 0.0) / asked.cpus_per_trial
-    if asked.gpus_per_trial:
-        room = min(room, have.get("GPU", 0.0) / asked.gpus_per_trial)
-    needs = (
-        f"a trial asks for {asked.cpus_per_trial:g} CPU and {asked.gpus_per_trial:g} GPU; "
-        f"Ray has {have.get('CPU', 0):g} CPU and {have.get('GPU', 0):g} GPU"
-    )
-    if room < 1 and (local or asked.workers is None):
-        raise RunError(f"resources: {needs}")
-    if asked.workers is None:
-        return int(room)
-    if asked.workers > room:
-        emit(Note(f"{asked.workers} workers were asked for: {needs}"))
-        if local:
-            return int(room)
-    return asked.workers
 
 
 def _dashboard_url(ray: Any) -> str | None:
@@ -231,15 +282,15 @@ def _signal_handlers() -> dict[signal.Signals, Any]:
     """Return the handlers that Ray Tune replaces: it does so in the main thread alone."""
     if threading.current_thread() is not threading.main_thread():
         return {}
-    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
-    return {number: handler for number, handler in found.items() if handler is not None}
+    handler = signal.getsignal(signal.SIGUSR1)
+    return {} if handler is None else {signal.SIGUSR1: handler}
 
 
 @contextmanager
 def _quiet_tune() -> Iterator[None]:
     """Let Ray Tune draw and log nothing: what it has to say comes through the recorder.
 
-    Its handlers of Ctrl-C go when it has ended: left in place, they swallow the next one.
+    Ctrl-C is not its to handle; its handler of SIGUSR1 goes when it has ended.
     """
     handlers = _signal_handlers()
     before = {name: os.environ.get(name) for name in TUNE_ENVIRONMENT}

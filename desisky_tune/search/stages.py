@@ -25,6 +25,7 @@ from desisky_tune.search.records import TrialRecord
 from desisky_tune.search.schedulers import FullScheduler, Scheduler, make_scheduler
 from desisky_tune.search.searcher import StudySearch, rebuild_study
 from desisky_tune.search.space import rungs
+from desisky_tune.search.stopping import StopRequest
 
 
 class Stage(Protocol):
@@ -43,7 +44,9 @@ class Stage(Protocol):
         """Return the rows that its trials see."""
         ...
 
-    def begin(self, known: Sequence[TrialRecord], workers: int) -> tuple[Any, Scheduler]:
+    def begin(
+        self, known: Sequence[TrialRecord], workers: int, stop: StopRequest
+    ) -> tuple[Any, Scheduler]:
         """Return the searcher (with a `close`) and the scheduler of a session."""
         ...
 
@@ -71,7 +74,9 @@ class SearchStage:
         """Return the rows of the split, or of the search's folds."""
         return search_arrays(self._run)
 
-    def begin(self, known: Sequence[TrialRecord], workers: int) -> tuple[StudySearch, Scheduler]:
+    def begin(
+        self, known: Sequence[TrialRecord], workers: int, stop: StopRequest
+    ) -> tuple[StudySearch, Scheduler]:
         """Write the study anew, and put trials that were under way first."""
         spec, folder = self._run.spec, self._run.folder
         finished = {record.number for record in known}
@@ -80,7 +85,7 @@ class SearchStage:
         rebuild_study(folder.study, spec, known)
         searcher = StudySearch(spec, folder.study, workers=workers)
         searcher.prime(known, [(n, c) for n, c in handed_out if n not in finished])
-        scheduler = make_scheduler(spec)
+        scheduler = make_scheduler(spec, stop)
         scheduler.prime(known)
         return searcher, scheduler
 
@@ -117,11 +122,13 @@ class FinalistStage:
         """Return the training and validation rows, in the finalists' folds."""
         return finalist_arrays(self._run)
 
-    def begin(self, known: Sequence[TrialRecord], workers: int) -> tuple[GivenSearch, Scheduler]:
+    def begin(
+        self, known: Sequence[TrialRecord], workers: int, stop: StopRequest
+    ) -> tuple[GivenSearch, Scheduler]:
         """Suggest the finalists that have no record yet."""
         finished = {record.number for record in known}
         waiting = {n: c for n, c in self._configurations.items() if n not in finished}
-        return GivenSearch(waiting), FullScheduler()
+        return GivenSearch(waiting), FullScheduler(stop)
 
     def conclude(self, records: Sequence[TrialRecord]) -> None:
         """There is no study of the finalists."""

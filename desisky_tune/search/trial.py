@@ -1,4 +1,4 @@
-"""A search's trial as Ray Tune sees it, and the roster that lets all of them in.
+"""A search's trial as Ray Tune sees it.
 
 A trial is a thin class trainable: it asks a backend to take its configuration to
 the next rung and reports what comes back. One process serves many trials in turn
@@ -8,7 +8,6 @@ in `cleanup`.
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from typing import Any
 
 from ray import tune
 
-from desisky_tune.search.backend import Assignment, Backend, Member, Progress
+from desisky_tune.errors import EngineError
+from desisky_tune.search.backend import Assignment, Backend, Member, stopped_by
 
 #: Seconds that a first result waits for the other trial processes to start.
 ROSTER_PATIENCE = 60.0
@@ -50,36 +50,6 @@ class TrialPlan:
     keep_members: bool = False
 
 
-class Roster:
-    """Counts the trial processes that have started (an asyncio Ray actor).
-
-    Ray Tune hands a process that finished early the next trial and then kills the
-    processes that are still starting; a whole search can end up in one process.
-    Holding the first results until all have joined prevents it.
-    """
-
-    def __init__(self, expected: int) -> None:
-        self._expected = expected
-        self._joined: set[str] = set()
-        self._full = asyncio.Event()
-
-    async def join(self, member: str) -> None:
-        """Count a process in; a second call by the same one changes nothing."""
-        self._joined.add(member)
-        if len(self._joined) >= self._expected:
-            self._full.set()
-
-    async def wait(self, patience: float) -> bool:
-        """Return True once all have joined, False after `patience` seconds."""
-        try:
-            await asyncio.wait_for(self._full.wait(), patience)
-        except TimeoutError:
-            # One wait is enough: the rest of the search goes on with those that came.
-            self._full.set()
-            return False
-        return True
-
-
 class SearchTrial(tune.Trainable):
     """One trial: advances to the next rung at each step."""
 
@@ -103,15 +73,15 @@ class SearchTrial(tune.Trainable):
 
         An exception in the backend ends this trial, with the reason in its result,
         and not the process: the same configuration would raise again. A fault of the
-        machine (a full disk) is none of the trial's: it is raised.
+        machine (a full disk, engines that are gone) is none of the trial's: it is raised.
         """
         target = next(rung for rung in self._plan.rungs if rung > self._epochs)
         try:
             progress = self._backend.advance(self._assignment, target)
-        except OSError:
+        except (OSError, EngineError):
             raise
         except Exception as error:
-            progress = _stopped_by(error, self._epochs)
+            progress = stopped_by(error, self._epochs)
         if self._roster is not None:
             import ray
 
@@ -152,19 +122,3 @@ class SearchTrial(tune.Trainable):
             self._plan.keep_members,
         )
         self._epochs = 0
-
-
-def _stopped_by(error: Exception, epochs: int) -> Progress:
-    lines = str(error).strip().splitlines()
-    reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-    nan = float("nan")
-    return Progress(
-        epochs=epochs,
-        objective=nan,
-        best_epoch=-1,
-        rmse={},
-        train_loss=nan,
-        test_loss=nan,
-        seconds=0.0,
-        reason=reason[:500],
-    )

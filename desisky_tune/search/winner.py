@@ -38,6 +38,12 @@ from desisky_tune.errors import SearchError
 from desisky_tune.inference import Predictor
 from desisky_tune.inference.bootstrap import Floats
 from desisky_tune.inference.ensemble import INDEX, EnsemblePredictor
+from desisky_tune.search.accuracy import (
+    difference,
+    figures_of,
+    intervals_of,
+    squared_residuals,
+)
 from desisky_tune.search.baselines import Predict, fit_baselines
 from desisky_tune.search.ensemble import (
     best_numbers,
@@ -46,12 +52,6 @@ from desisky_tune.search.ensemble import (
     write_ensemble,
 )
 from desisky_tune.search.export import export_trial
-from desisky_tune.search.figures import (
-    difference,
-    figures_of,
-    intervals_of,
-    squared_residuals,
-)
 from desisky_tune.search.final_fit import fit_of, fitted_rows, write_final_fit
 from desisky_tune.search.finalists import (
     Final,
@@ -61,8 +61,8 @@ from desisky_tune.search.finalists import (
     write_out_of_fold,
 )
 from desisky_tune.search.folder import write_json
-from desisky_tune.search.local import final_path
 from desisky_tune.search.space import default_configuration
+from desisky_tune.search.trial_files import final_path
 
 if TYPE_CHECKING:
     from desisky_tune.search.origin import SearchRun

@@ -13,8 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 from desisky_tune.errors import InputError
 from desisky_tune.training.scaling import Scaling
 
-#: On a device, or (the native core's) in memory.
-Array = jax.Array | NDArray[Any]
+#: An array on a device, or (the native core's) in memory.
+Array = Any
 
 
 @dataclass(frozen=True)

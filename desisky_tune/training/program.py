@@ -195,6 +195,17 @@ class Program:
         table = np.concatenate(rows) if rows else np.empty((0, columns), np.float32)
         return state, curve_of(table, bool(state.failed))
 
+    def prepare(self, arrays: TrainingArrays) -> None:
+        """Compile all that a training on such arrays needs, and train nothing.
+
+        Without it the first training of a shape compiles as it goes.
+        """
+        state = self.init(0)
+        rate, delta = jnp.float32(1e-4), jnp.float32(1.0)
+        state, _, table = self._advance(state, arrays, rate, delta, jnp.int32(0))
+        self._unpack(state.best_parameters)
+        table.block_until_ready()
+
     def best_model(self, state: TrainState) -> Any:
         """Return the model of the best epoch (the initial one before any), in its own space."""
         return eqx.combine(self._unpack(state.best_parameters), self._skeleton)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 #: Up to this many rows the sort key has at least 16 random bits.
 _ONE_WORD = 2**16
@@ -37,5 +38,36 @@ def epoch_order(seed: Any, epoch: Any, rows: int) -> jax.Array:
     return (jnp.sort(keyed) & jnp.uint32(2**low - 1)).astype(jnp.int32)
 
 
-#: The same, compiled for use outside a program; equal bit for bit.
+def padded_epoch_order(seed: Any, epoch: Any, rows: Any, capacity: int) -> jax.Array:
+    """Return `epoch_order` of `rows` rows, a traced number, at the head of ``(capacity,)``.
+
+    Parameters
+    ----------
+    seed, epoch
+        As for `epoch_order`.
+    rows
+        Number of rows, in ``1..capacity``; may be traced.
+    capacity
+        Length of what is returned. What stands behind the first `rows` entries means nothing.
+
+    Notes
+    -----
+    JAX's bits at a position do not depend on how many are drawn, so the first `rows` of them are
+    those of `epoch_order`; the keys of the padding sort behind all others.
+    """
+    key = jax.random.fold_in(jax.random.PRNGKey(seed), epoch)
+    bits = jax.random.bits(key, (capacity,), jnp.uint32)
+    index = jnp.arange(capacity, dtype=jnp.uint32)
+    count = jnp.asarray(rows).astype(jnp.uint32)
+    low = 32 - lax.clz(jnp.maximum(count - 1, 1))
+    keyed = (bits >> low << low) | index
+    last = jnp.uint32(2**32 - 1)
+    if capacity <= _ONE_WORD:
+        ordered = jnp.sort(jnp.where(index < count, keyed, last))
+        return (ordered & ((jnp.uint32(1) << low) - 1)).astype(jnp.int32)
+    keys = jnp.where(index < count, jnp.where(count > _ONE_WORD, bits, keyed), last)
+    return jnp.argsort(keys).astype(jnp.int32)
+
+
+#: `epoch_order`, compiled for use outside a program; equal bit for bit.
 compiled_epoch_order = partial(jax.jit, static_argnames="rows")(epoch_order)

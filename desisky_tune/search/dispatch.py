@@ -1,0 +1,295 @@
+"""Which engine a trial goes to, and the roster that lets all trial processes in.
+
+The dispatcher is one small asyncio actor beside the driver. Trials ask it once, when they
+begin; how they are trained it never sees.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from desisky_tune.errors import EngineError
+from desisky_tune.search.figures import EngineFigures, added
+
+#: Trials that fail at one engine, none ending well between them, until it is left out.
+FAILURES_IN_A_ROW = 3
+
+#: Engines at which a trial is tried before it has failed.
+TRIES = 2
+
+#: How long an engine may take to tell its figures before they are left out (s).
+FIGURES_PATIENCE = 2.0
+
+
+class Roster:
+    """Counts the trial processes that have started.
+
+    Ray Tune hands a process that finished early the next trial and then kills the
+    processes that are still starting; a whole search can end up in one process.
+    Holding the first results until all have joined prevents it.
+    """
+
+    def __init__(self, expected: int) -> None:
+        self._expected = expected
+        self._joined: set[str] = set()
+        self._full = asyncio.Event()
+        if expected <= 1:
+            self._full.set()
+
+    async def join(self, member: str) -> None:
+        """Count a process in; a second call by the same one changes nothing."""
+        self._joined.add(member)
+        if len(self._joined) >= self._expected:
+            self._full.set()
+
+    async def wait(self, patience: float) -> bool:
+        """Return True once all have joined, False after `patience` seconds."""
+        try:
+            await asyncio.wait_for(self._full.wait(), patience)
+        except TimeoutError:
+            # One wait is enough: the rest of the search goes on with those that came.
+            self._full.set()
+            return False
+        return True
+
+
+@dataclass
+class _Engine:
+    """An engine as the dispatcher sees it."""
+
+    handle: Any
+    room: int
+    up: bool = False
+    lost: str | None = None
+    trials: set[int] = field(default_factory=set)
+    #: Trials that failed there one after another.
+    failures: int = 0
+    #: Figures of processes of it that have died, and the last ones told.
+    past: list[EngineFigures] = field(default_factory=list)
+    latest: EngineFigures | None = None
+
+    @property
+    def free(self) -> bool:
+        return self.up and self.lost is None and len(self.trials) < self.room
+
+    @property
+    def load(self) -> float:
+        return len(self.trials) / self.room
+
+
+class Dispatcher(Roster):
+    """Spreads trials over engines: the least loaded first, and a trial stays where it is.
+
+    Parameters
+    ----------
+    expected
+        Trial processes that there will be.
+    """
+
+    def __init__(self, expected: int) -> None:
+        super().__init__(expected)
+        self._engines: list[_Engine] = []
+        self._homes: dict[int, int] = {}
+        self._over: set[int] = set()
+        #: Engines at which a trial has failed.
+        self._tried: dict[int, set[int]] = {}
+        self._news: list[str] = []
+        self._changed = asyncio.Condition()
+        self._processes: set[str] = set()
+        self._watches: list[asyncio.Task[None]] = []
+        self._releases: set[asyncio.Future[Any]] = set()
+
+    async def add(self, engines: Sequence[tuple[Any, int]]) -> None:
+        """Take up engines: their handles, and how many trials may be at each."""
+        for handle, room in engines:
+            self._engines.append(_Engine(handle, room))
+            self._watches.append(asyncio.create_task(self._watch(len(self._engines) - 1)))
+
+    async def started(self, process: str) -> None:
+        """Count the process of an engine that has started, or started again."""
+        self._processes.add(process)
+
+    async def place(self, number: int) -> tuple[int, Any]:
+        """Return the engine of a trial, by its number here and its handle.
+
+        Waits where none has room for a new one.
+
+        Raises
+        ------
+        EngineError
+            When no engine is left.
+        """
+        async with self._changed:
+            while True:
+                home = self._homes.get(number)
+                if home is not None and self._engines[home].lost is None:
+                    return home, self._engines[home].handle
+                if self._engines and all(engine.lost is not None for engine in self._engines):
+                    raise EngineError(f"no engine is left to train on: {self._engines[0].lost}")
+                if number in self._over:
+                    # Its process died while it waited here, and the driver gave it up.
+                    raise EngineError(f"trial {number} is over")
+                tried = self._tried.get(number, set())
+                free = [
+                    at for at, engine in enumerate(self._engines) if engine.free and at not in tried
+                ]
+                if free:
+                    home = min(free, key=lambda at: (self._engines[at].load, at))
+                    self._homes[number] = home
+                    self._engines[home].trials.add(number)
+                    return home, self._engines[home].handle
+                await self._changed.wait()
+
+    async def lost(self, at: int, why: str) -> None:
+        """Hear that an engine is dead and will not be started again."""
+        async with self._changed:
+            if self._engines[at].lost is None:
+                self._engines[at].lost = why
+                self._news.append(f"an engine is lost, and its trials go on elsewhere: {why}")
+            self._changed.notify_all()
+
+    async def failed(self, number: int, why: str) -> bool:
+        """Hear that a trial raised or killed its engine; return whether to try it elsewhere.
+
+        What fails at one engine and not at another is the fault of its machine. So a trial is
+        tried at `TRIES` engines, and one that fails at all of them is to blame itself; an
+        engine at which `FAILURES_IN_A_ROW` trials failed gets no more of them. The last one is
+        never left out: then the trials fail, and the search ends by itself.
+        """
+        async with self._changed:
+            home = self._homes.get(number)
+            if home is None:
+                return False
+            engine, tried = self._engines[home], self._tried.setdefault(number, set())
+            tried.add(home)
+            others = {at for at, each in enumerate(self._engines) if each.lost is None} - {home}
+            if len(tried) >= TRIES and engine.lost is None:
+                for at in tried:
+                    self._engines[at].failures = max(0, self._engines[at].failures - 1)
+                return False
+            if not others - tried:
+                return False
+            engine.failures += 1
+            if engine.failures >= FAILURES_IN_A_ROW and engine.lost is None:
+                engine.lost = f"left out: {why}"
+                self._news.append(
+                    f"an engine gets no more trials: {engine.failures} failed there one after "
+                    f"another, the last with: {why}"
+                )
+            self._homes.pop(number)
+            self._let_go(engine, number)
+            self._changed.notify_all()
+            return True
+
+    async def news(self) -> tuple[list[EngineFigures], list[str]]:
+        """Return the engines' figures, and what a person should know since the last time."""
+        said, self._news = self._news, []
+        return await self.figures(), said
+
+    async def ended(self, number: int, *, well: bool = False) -> None:
+        """Hear that a trial is over (`well`: with a figure): its engine keeps its weights.
+
+        The driver says so of every trial, also of one whose process has died: that is what
+        ends the trial's lease on its engine.
+        """
+        async with self._changed:
+            self._over.add(number)
+            self._changed.notify_all()
+            home = self._homes.pop(number, None)
+            if home is None:
+                return
+            engine = self._engines[home]
+            if well:
+                engine.failures = 0
+            self._let_go(engine, number)
+            self._changed.notify_all()
+
+    def _let_go(self, engine: _Engine, number: int) -> None:
+        engine.trials.discard(number)
+        if engine.lost is None:
+            release = asyncio.ensure_future(_quietly(engine.handle.release.remote(number)))
+            self._releases.add(release)
+            release.add_done_callback(self._releases.discard)
+
+    async def drain(self) -> None:
+        """Wait until the engines have kept what was released."""
+        while self._releases:
+            await asyncio.wait(set(self._releases))
+
+    async def figures(self) -> list[EngineFigures]:
+        """Return what each engine did so far, its earlier processes included."""
+        up = [engine for engine in self._engines if engine.up and engine.lost is None]
+        told = await asyncio.gather(*(self._ask(engine) for engine in up))
+        for engine, figures in zip(up, told, strict=True):
+            before = engine.latest
+            if figures is None:
+                continue
+            if before is not None and figures.seconds < before.seconds:
+                engine.past.append(replace(before, slots=0, busy=0, lanes=0))
+            engine.latest = figures
+        return [
+            replace(
+                added([engine.latest, *engine.past]),
+                engine=engine.latest.engine,
+            )
+            for engine in self._engines
+            if engine.latest is not None
+        ]
+
+    async def processes(self) -> dict[str, int]:
+        """Return how many processes were started, by kind."""
+        return {
+            "engines": len(self._processes),
+            "trials": len(self._joined),
+            "dispatcher": 1,
+        }
+
+    async def _ask(self, engine: _Engine) -> EngineFigures | None:
+        try:
+            answer = _quietly(engine.handle.figures.remote())
+            return await asyncio.wait_for(answer, FIGURES_PATIENCE)
+        except TimeoutError:
+            return None
+
+    async def _watch(self, at: int) -> None:
+        """Open an engine to trials when it has started."""
+        from ray.exceptions import ActorDiedError, RayActorError
+
+        engine = self._engines[at]
+        while True:
+            try:
+                await engine.handle.ready.remote()
+            except ActorDiedError as error:
+                await self.lost(at, death_of(error))
+                return
+            except RayActorError:
+                await asyncio.sleep(0.2)  # it is being started again
+            else:
+                break
+        async with self._changed:
+            engine.up = True
+            self._changed.notify_all()
+
+
+async def _quietly(reference: Any) -> Any:
+    """Await an engine's answer; None where it has died meanwhile."""
+    from ray.exceptions import RayError
+
+    try:
+        return await reference
+    except RayError:
+        return None
+
+
+def death_of(error: Exception) -> str:
+    """Return why an actor died, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    # What its constructor raised stands in the last line that names an error; the kind of
+    # death in the first line.
+    named = [line for line in lines if "Error: " in line]
+    return (named[-1] if named else lines[0])[:500]

@@ -1,0 +1,105 @@
+"""Storage that fails for a while: what is to be written is written again, until it stands.
+
+A shared file system that hangs or fills up is nobody's fault in the search, and comes back more
+often than not. Pauses grow from a quarter of a second to half a minute, and end after
+`PATIENCE_SECONDS`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from desisky_tune.errors import StorageError
+from desisky_tune.files import atomic_open
+
+Result = TypeVar("Result")
+
+#: How long storage may fail before a search ends (s); it can be resumed then.
+PATIENCE_SECONDS = 600.0
+
+#: How long a trial waits by itself (s); then its session ends, and waits for it.
+TRIAL_PATIENCE = 60.0
+
+_FIRST_PAUSE = 0.25
+_LONGEST_PAUSE = 30.0
+
+#: How long a wait goes on before it looks whether it shall end (s).
+_SLICE = 0.5
+
+
+def patiently(
+    action: Callable[[], Result],
+    *,
+    tell: Callable[[str], None] | None = None,
+    give_up: Callable[[], bool] | None = None,
+    limit: float | None = None,
+) -> Result:
+    """Do something with files; while that raises an OSError, do it again.
+
+    Parameters
+    ----------
+    action
+        Leaves nothing half-done when it raises.
+    tell
+        Told in a line when storage fails first, and when it is back.
+    give_up
+        Asked in every pause whether to wait no longer.
+    limit
+        How long to go on (s); `PATIENCE_SECONDS` by default.
+
+    Raises
+    ------
+    OSError
+        What the last attempt raised.
+    """
+    limit = PATIENCE_SECONDS if limit is None else limit
+    began, pause, told = time.monotonic(), _FIRST_PAUSE, False
+    while True:
+        try:
+            result = action()
+        except OSError as fault:
+            left = began + limit - time.monotonic()
+            if left <= 0 or (give_up is not None and give_up()):
+                raise
+            if tell is not None and not told:
+                tell(f"storage fails: {fault}; trying again for up to {limit:g} s")
+                told = True
+            _sleep(min(pause, left), give_up)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            continue
+        if tell is not None and told:
+            tell(f"storage is back after {time.monotonic() - began:.0f} s")
+        return result
+
+
+def _sleep(seconds: float, give_up: Callable[[], bool] | None) -> None:
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0 and not (give_up is not None and give_up()):
+        time.sleep(min(_SLICE, left))
+
+
+def check_storage(search_json: Path) -> None:
+    """See whether a run's folder can be written, and is the run's.
+
+    Parameters
+    ----------
+    search_json
+        The run's specification: a mount point without its file system lacks it.
+
+    Raises
+    ------
+    StorageError
+        When the folder cannot be written, or is another one.
+    """
+    if not search_json.is_file():
+        raise StorageError(f"{search_json} is gone")
+    probe = search_json.with_name(".storage-probe")
+    with atomic_open(probe) as stream:
+        stream.write(b"can be written\n")
+    try:
+        probe.unlink()
+    except OSError as error:
+        raise StorageError(f"cannot remove {probe}: {error.strerror or error}") from error

@@ -1,0 +1,116 @@
+"""The files of a trial: states while it is unfinished, and its best weights.
+
+Whatever trains reads and writes them here, so that storage that fails for a while is waited for,
+and a run on a URL has them too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from desisky_tune.errors import CheckpointError, MissingFileError
+from desisky_tune.search.backend import Assignment, Member
+from desisky_tune.search.patience import TRIAL_PATIENCE, patiently
+
+if TYPE_CHECKING:
+    from desisky_tune.search.records import TrialRecord
+    from desisky_tune.search.storage import RunMirror
+
+#: A state, and the notes that were written with it.
+Left = tuple[Any, dict[str, Any]]
+
+
+class TrialFiles:
+    """The files of a run's trials.
+
+    Parameters
+    ----------
+    folder
+        Where they lie.
+    mirror
+        Where a run on a URL has them: each is put there, and fetched when it is wanted.
+    """
+
+    def __init__(self, folder: Path, mirror: RunMirror | None = None) -> None:
+        self._folder = folder
+        self._mirror = mirror
+
+    def discard_weights(self, trial: Assignment) -> None:
+        """Remove the weights of an unfinished trial, which an interrupt left: not its last."""
+        stale = checkpoint_path(self._folder, trial.number)
+        patiently(functools.partial(stale.unlink, missing_ok=True), limit=TRIAL_PATIENCE)
+
+    def write_weights(self, trial: Assignment, write: Callable[[Path], None]) -> None:
+        """Keep the best weights of a trial."""
+        self._put(checkpoint_path(self._folder, trial.number), write)
+
+    def write_member(
+        self, trial: Assignment, member: Member, write: Callable[[Path], None]
+    ) -> None:
+        """Keep the weights of one training of a trial."""
+        self._put(member_path(self._folder, trial.number, member), write)
+
+    def read_state(
+        self, trial: Assignment, member: Member, read: Callable[[Path], Left]
+    ) -> Left | None:
+        """Return the state that a training left, with its notes; None without a whole one."""
+        path = self._state(trial, member)
+
+        def attempt() -> Left | None:
+            if self._mirror is not None:
+                self._mirror.fetch(path)
+            try:
+                return read(path)
+            except (MissingFileError, CheckpointError):
+                return None
+
+        return patiently(attempt, limit=TRIAL_PATIENCE)
+
+    def write_state(self, trial: Assignment, member: Member, write: Callable[[Path], None]) -> None:
+        """Keep the state of a training."""
+        self._put(self._state(trial, member), write)
+
+    def _state(self, trial: Assignment, member: Member) -> Path:
+        return state_path(self._folder, trial.number, member if trial.members else None)
+
+    def _put(self, path: Path, write: Callable[[Path], None]) -> None:
+        patiently(functools.partial(write, path), limit=TRIAL_PATIENCE)
+        if self._mirror is not None:
+            patiently(functools.partial(self._mirror.put, path), limit=TRIAL_PATIENCE)
+
+
+def state_path(folder: Path, number: int, member: Member | None = None) -> Path:
+    """Where the state of an unfinished trial lies; of one of its members, where it has some."""
+    which = "" if member is None else f"-fold{member.fold}-seed{member.seed}"
+    return folder / f"{number:05d}{which}.state"
+
+
+def checkpoint_path(folder: Path, number: int) -> Path:
+    """Where the best weights of a trial lie."""
+    return folder / f"{number:05d}.eqx"
+
+
+def member_path(folder: Path, number: int, member: Member) -> Path:
+    """Where the weights of one member of a trial lie, where they are kept."""
+    return folder / f"{number:05d}-fold{member.fold}-seed{member.seed}.eqx"
+
+
+def final_path(folder: Path, number: int) -> Path:
+    """Where the weights of a trial's configuration lie that were fitted to all its folds' rows."""
+    return folder / f"{number:05d}-final.eqx"
+
+
+def sweep(folder: Path, records: Collection[TrialRecord]) -> None:
+    """Remove the states of finished trials: their weights have been kept, or are of no use."""
+    # By the states that lie there, which are few; the records may be thousands.
+    states = {record.number: record.state for record in records}
+    for path in folder.glob("*.state"):
+        number, _, member = path.stem.partition("-")
+        if not number.isdigit() or int(number) not in states:
+            continue
+        kept = checkpoint_path(folder, int(number)).exists()
+        if member or kept or states[int(number)] == "FAIL":
+            path.unlink(missing_ok=True)

@@ -1,0 +1,23 @@
+"""What the fault tests are held against: a search that nothing happened to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from searches import RANDOM, spec_of
+
+from desisky_tune.search.records import TrialRecord
+from desisky_tune.search.run import run_search
+
+
+@pytest.fixture(scope="session")
+def address(ray_instance: Any) -> str:
+    """Of the test session's Ray: a search that joins it need not start one."""
+    return str(ray_instance.get_runtime_context().gcs_address)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(ray_instance: Any, tmp_path_factory: pytest.TempPathFactory) -> list[TrialRecord]:
+    """The trials of `RANDOM`."""
+    return run_search(spec_of(RANDOM), runs=tmp_path_factory.mktemp("whole")).records

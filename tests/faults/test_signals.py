@@ -1,0 +1,116 @@
+"""SIGTERM and Ctrl-C: the rung is finished and written, nothing is measured, a resume goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+from searches import RANDOM, Command, assert_nothing_lost, assert_the_same, search, spec_of
+
+from desisky_tune.errors import INTERRUPTED, RESUME_ME, SearchInterrupted
+from desisky_tune.search.records import TrialRecord
+from desisky_tune.search.stopping import StopRequest, stop_signals
+
+
+def assert_stopped(command: Command, run: Path, code: int) -> None:
+    """It ended with this code, measured nothing, and said in its last line how to go on."""
+    assert command.ends() == code
+    assert not (run / "evaluation.json").exists()
+    assert not (run / "best").exists()
+    assert f"continue with 'desisky-tune resume {run}'" in command.lines[-1]
+    assert "Traceback" not in "\n".join(command.lines)
+
+
+def test_a_search_that_is_stopped_again_and_again_loses_nothing(
+    tmp_path: Path, undisturbed: list[TrialRecord], address: str
+) -> None:
+    run = tmp_path / "cut"
+    command = search(tmp_path, "cut", RANDOM, "--address", address)
+    command.until("COMPLETE")
+    command.send(signal.SIGTERM)
+    assert_stopped(command, run, os.EX_TEMPFAIL)
+    assert any("SIGTERM: the trials that run finish their rungs" in x for x in command.lines)
+
+    command = search(tmp_path, "cut", RANDOM, "--address", address)
+    command.until("at epoch", "COMPLETE")
+    command.send(signal.SIGINT)
+    command.until("Ctrl-C: the trials that run finish their rungs")
+    command.send(signal.SIGINT)
+    assert_stopped(command, run, INTERRUPTED)
+
+    assert search(tmp_path, "cut", RANDOM, "--address", address).ends() == 0
+    assert_the_same(assert_nothing_lost(run, spec_of(RANDOM)), undisturbed)
+
+
+def test_before_the_run_there_is_nothing_to_resume() -> None:
+    with (
+        pytest.raises(SearchInterrupted, match="SIGTERM; nothing had begun") as stop,
+        stop_signals(),
+    ):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.value.exit_code == RESUME_ME
+
+
+def test_the_handlers_before_come_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with stop_signals():
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_outside_the_main_thread_no_signal_is_taken() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def in_a_thread() -> None:
+        with stop_signals():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=in_a_thread)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def asked(*running: int, grace: float = 60.0) -> StopRequest:
+    """A request that came while trials ran."""
+    stop = StopRequest(grace=grace)
+    with stop.finishing_rungs():
+        for number in running:
+            stop.began(number)
+        stop._receive(signal.SIGTERM, None)
+    return stop
+
+
+def test_a_search_that_was_not_asked_goes_on() -> None:
+    stop = StopRequest()
+    assert not stop.is_due
+
+
+def test_it_waits_for_each_trial_that_ran_and_no_other() -> None:
+    stop = asked(3, 5)
+    stop.began(7)
+    stop.reported(7)
+    assert not stop.is_due
+    stop.reported(3)
+    assert not stop.is_due
+    stop.ended(5)
+    assert stop.is_due
+
+
+def test_it_waits_no_longer_than_the_grace() -> None:
+    assert asked(3, grace=0.0).is_due
+
+
+def test_with_no_trial_running_it_is_due_at_once() -> None:
+    assert asked().is_due
+
+
+def test_a_second_signal_interrupts() -> None:
+    stop = asked(3)
+    with pytest.raises(KeyboardInterrupt), stop.finishing_rungs():
+        stop._receive(signal.SIGINT, None)
+    assert stop.interruption().exit_code == RESUME_ME

@@ -1,0 +1,136 @@
+"""Runs on a URL: an object per finished trial, and a resume from any machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from desisky_tune.cli.entry import main
+from desisky_tune.errors import DataError, RunError, SearchInterrupted, StorageError
+from desisky_tune.jobs import fetch_from_storage
+from desisky_tune.search.events import Event, TrialFinished
+from desisky_tune.search.folder import RunFolder
+from desisky_tune.search.records import record_from_json
+from desisky_tune.search.run import resume_search, run_search
+from desisky_tune.search.space import load_spec
+from desisky_tune.search.storage import RunMirror
+
+SMALL = (
+    "search.default_first=false",
+    "search.sampler=random",
+    "search.scheduler=none",
+    "search.trials=4",
+    "search.grace=20",
+    "training.epochs=60",
+    "resources.workers=2",
+    "space.width=8",
+    "space.depth=1",
+    "space.batch_size=32",
+)
+
+
+@pytest.fixture
+def another_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Take all copies of runs away, as on a machine that has never seen one."""
+
+    def move() -> None:
+        place = tmp_path / "another"
+        place.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(place))
+
+    return move
+
+
+def test_a_search_on_a_url_is_resumed_elsewhere_to_the_same_trials(
+    ray_instance: Any, tmp_path: Path, another_machine: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = load_spec("quick", overrides=SMALL)
+    undisturbed = run_search(spec, runs=tmp_path / "whole", name="run")
+    url = f"file://{tmp_path}/bucket/runs"
+
+    def die(event: Event) -> None:
+        if isinstance(event, TrialFinished) and event.done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SearchInterrupted, match=f"desisky-tune resume {url}/run"):
+        run_search(spec, runs=url, name="run", on_event=die)
+    there = tmp_path / "bucket" / "runs" / "run"
+    before = sorted(path.name for path in (there / "ledger").iterdir())
+    assert len(before) >= 2
+    assert not (there / "evaluation.json").exists()
+
+    another_machine()
+    resumed = resume_search(f"{url}/run")
+    assert [record.number for record in resumed.records] == [0, 1, 2, 3]
+    for one, other in zip(resumed.records, undisturbed.records, strict=True):
+        assert (one.configuration, one.objective) == (other.configuration, other.objective)
+        assert one.curve == other.curve
+    objects = sorted((there / "ledger").iterdir())
+    assert [record_from_json(path.read_text()) for path in objects] == resumed.records
+    assert (there / "best" / "run.eqx").read_bytes() == resumed.checkpoint.read_bytes()
+    assert not list((there / "trials").glob("*.state"))
+    assert not list(there.rglob("*.part"))
+
+    assert main(["leaderboard", f"{url}/run", "--json"]) == 0
+    board = json.loads(capsys.readouterr().out)
+    assert {row["trial"] for row in board} == {0, 1, 2, 3}
+    assert main(["export", f"{url}/run", str(tmp_path / "three.eqx"), "--trial", "3"]) == 0
+    assert (tmp_path / "three.eqx").exists()
+    assert main(["report", f"{url}/run"]) == 2
+    assert fetch_from_storage(url, "run", tmp_path / "fetched").is_dir()
+
+
+def test_a_taken_name_is_refused_or_numbered(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/runs"
+    first = RunFolder.create(url, "quick", exact=True)
+    first.write_search({"spec": {}, "data": {}, "split": {}})
+    assert first.place == f"{url}/quick"
+    with pytest.raises(RunError, match=r"quick exists.*desisky-tune resume file://"):
+        RunFolder.create(url, "quick", exact=True)
+    assert RunFolder.create(url, "quick", exact=False).place == f"{url}/quick-2"
+
+
+def test_a_url_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"no search\.json"):
+        RunFolder.open(f"file://{tmp_path}/none")
+
+
+@pytest.mark.parametrize("name", ["..", "a%2f..", ".hidden", ""])
+def test_a_name_on_a_url_cannot_leave_it(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="run name"):
+        RunFolder.open(f"file://{tmp_path}/runs/{name}/" if name else "file://")
+
+
+def test_a_password_in_a_url_is_refused_and_not_shown() -> None:
+    with pytest.raises(DataError) as refused:
+        RunFolder.create("s3://key:secret@bucket/runs", "quick", exact=True)
+    assert "secret" not in str(refused.value)
+
+
+def test_what_storage_refuses_is_an_error_that_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    mirror = RunMirror(f"file://{tmp_path}/runs/quick", tmp_path)
+    with pytest.raises(StorageError, match=r"ledger/00001\.json cannot be written"):
+        mirror.put_json("ledger/00001.json", {})
+
+
+def test_objects_by_fsspec_appear_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    files = PyFileSystem(FSSpecHandler(fsspec.filesystem("file")))
+    monkeypatch.setattr(
+        "desisky_tune.search.storage.open_storage", lambda url: (files, str(tmp_path / "run"))
+    )
+    mirror = RunMirror("other://bucket/run", tmp_path / "copy")
+    mirror.put_bytes("trials/00001.state", b"state")
+    assert mirror.places() == ["trials/00001.state"]
+    assert mirror.read("trials/00001.state") == b"state"
+    assert mirror.fetch(tmp_path / "copy" / "trials" / "00001.state")
+    assert not mirror.fetch(tmp_path / "copy" / "trials" / "00002.state")
