@@ -37,8 +37,6 @@ class Recorder(Callback):
     ----------
     folder
         The run.
-    ledger
-        Where the records go.
     known
         Records of trials that finished in an earlier session of the run.
     total
@@ -53,6 +51,8 @@ class Recorder(Callback):
         Training seed of the trials.
     emit
         Told of each report and each finished trial.
+    ledger
+        Where the records go; by default the search's.
     stop
         Told which trials run and report, so that a search that is to end waits for them.
     """
@@ -60,7 +60,6 @@ class Recorder(Callback):
     def __init__(
         self,
         folder: RunFolder,
-        ledger: Path,
         known: Iterable[TrialRecord],
         *,
         total: int,
@@ -69,10 +68,11 @@ class Recorder(Callback):
         deaths: Counter[int],
         seed: int,
         emit: EventSink,
+        ledger: Path | None = None,
         stop: StopRequest | None = None,
     ) -> None:
         self._folder = folder
-        self._ledger = Ledger(ledger)
+        self._ledger = Ledger(folder.ledger if ledger is None else ledger)
         self._records = {record.number: record for record in known}
         self._started = set(folder.read_started()) | set(self._records)
         self._clock: dict[int, float] = {}

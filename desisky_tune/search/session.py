@@ -180,7 +180,6 @@ def _run_session(
         )
     recorder = Recorder(
         folder,
-        stage.ledger,
         known,
         total=stage.total,
         max_epochs=spec.training.epochs,
@@ -188,6 +187,7 @@ def _run_session(
         deaths=deaths,
         seed=spec.training.seed,
         emit=emit,
+        ledger=stage.ledger,
         stop=stop,
     )
     work = Work(
