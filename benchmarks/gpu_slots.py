@@ -47,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _machine import describe
 
-from desisky_tune.training.program import Hyperparameters, Program, program_for, training_arrays
+from desisky_tune.training.program import Hyperparameters, program_for, training_arrays
 from desisky_tune.training.slot_count import device_memory, epoch_seconds, most_slots
 from desisky_tune.training.slot_rows import FoldRows, SlotRows, slot_rows
 from desisky_tune.training.slot_state import fresh_state
@@ -270,7 +270,7 @@ class Benchmark:
             objectives.append(float(curves.of(slot).objective[0]))
         return program.state_of(program.take(states, slot), shape.width), objectives[0]
 
-    def _program(self) -> Program:
+    def _program(self) -> Any:
         shape = self._shape
         return program_for(
             in_size=INPUTS,
@@ -278,6 +278,7 @@ class Benchmark:
             width=shape.width,
             depth=shape.depth,
             batch_size=shape.batch_size,
+            core="xla",
         )
 
     def _arrays(self) -> Any:

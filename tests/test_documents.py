@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
 import sys
 import types
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from desisky_tune.data import simulate_vac
@@ -291,6 +295,64 @@ def test_visualization_page_runs(desk: Path) -> None:
 def test_data_page_runs(desk: Path) -> None:
     names = run_page("data.md")
     assert set(names["recorded"]) >= {"train", "validation", "test", "seed"}
+
+
+#: What the tutorial's commands are given in a test: the same search, small.
+SMALL = ("--trials", "3", "--epochs", "20", "--set", "search.grace=5")
+
+
+def test_tutorial_runs_from_the_table_to_desisky(
+    desk: Path,
+    ray_instance: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from desisky_tune.cli import main
+    from desisky_tune.visualization import report
+
+    draw = report._figures
+    monkeypatch.setattr(report, "_figures", lambda *given: islice(draw(*given), 2))
+    text = (ROOT / "docs" / "tutorial.md").read_text()
+    ran = []
+    names: dict[str, Any] = {}
+    for language, block in FENCE.findall(text):
+        kind, _, name = language.partition(" ")
+        if name == "exposures.csv":
+            write_exposures(desk / name, block)
+        elif kind in ("csv", "yaml"):
+            (desk / name).write_text(block)
+        elif kind == "python" and (name != "desisky" or find_spec("desisky")):
+            exec(block, names)
+        elif kind == "sh":
+            for line in block.splitlines():
+                program, *argv = shlex.split(line)
+                if program == "pip":
+                    continue
+                assert program == "desisky-tune"
+                ran.append(argv[0])
+                if argv[0] == "search":
+                    argv += SMALL
+                assert main(argv) == 0, f"{line}: {capsys.readouterr().err}"
+    assert ran == [
+        *("--version", "data", "search", "resume", "leaderboard", "report"),
+        *("evaluate", "predict", "export"),
+    ]
+    predicted = pd.read_csv(desk / "predicted.csv")
+    assert len(predicted) == 2
+    assert predicted["SKY_MAG_R_PRED"].between(14, 24).all()
+    assert (desk / "runs" / "my-sky" / "report" / "index.html").is_file()
+    assert (desk / "history.pdf").stat().st_size > 0
+    if "r" in names:
+        assert 14 < float(names["r"]) < 24
+
+
+def write_exposures(path: Path, shown: str) -> None:
+    """Write a reader's table: moonlit exposures of the sample, in the columns that are shown."""
+    sample = ROOT / "desisky_tune" / "data" / "sample" / "desi-sv1-exposures.csv"
+    magnitudes = {f"SKY_MAG_{band.upper()}_SPEC": band for band in "grz"}
+    table = pd.read_csv(sample).query("MOONALT > 5 and MOONFRAC > 0.5 and SUNALT < -20")
+    columns = shown.splitlines()[0].split(",")
+    table.rename(columns=magnitudes)[columns].to_csv(path, index=False)
 
 
 def test_pages_show_a_header_that_is_json() -> None:

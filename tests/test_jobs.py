@@ -109,13 +109,13 @@ def test_a_name_or_folder_cannot_become_a_second_command() -> None:
     assert "'/mnt/$(touch x); rm -rf ~'" in command
 
 
-@pytest.mark.parametrize("runs", ["runs", "./runs", "s3://bucket/runs", "~other/runs", ""])
+@pytest.mark.parametrize("runs", ["runs", "./runs", "~other/runs", ""])
 def test_a_runs_folder_that_would_be_lost_is_refused(runs: str) -> None:
     with pytest.raises(InputError, match="--runs"):
         runs_folder(runs)
 
 
-@pytest.mark.parametrize("runs", ["/mnt/runs", "~/runs", "~"])
+@pytest.mark.parametrize("runs", ["/mnt/runs", "~/runs", "~", "s3://bucket/runs"])
 def test_a_runs_folder_of_the_cluster_is_taken(runs: str) -> None:
     assert runs_folder(runs) == runs
 

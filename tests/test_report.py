@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import math
@@ -15,6 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
+from headless import Browser, find_browser
 
 import desisky_tune
 from desisky_tune.cli import main
@@ -32,6 +34,8 @@ from desisky_tune.search.records import Ledger, TrialRecord, finish, write_table
 from desisky_tune.search.space import default_configuration, load_spec
 from desisky_tune.search.tables import CURVES_SCHEMA, TRIALS_SCHEMA
 from desisky_tune.search.winner import crown
+from desisky_tune.visualization.contents import occupation
+from desisky_tune.visualization.intervals import rmse_intervals
 from desisky_tune.visualization.moon_map import moon_map, pointing_altitude
 from desisky_tune.visualization.panels import inline_svg
 
@@ -233,6 +237,8 @@ def test_every_axis_says_what_it_shows(page: Path) -> None:
     assert "Residual [mag]" in texts["residuals-moonsep"]
     assert "Observed z [AB mag arcsec⁻²]" in texts["prediction-z"]
     assert "Predicted r [AB mag arcsec⁻²]" in texts["moon-map-r"]
+    assert "winner" in texts["moon-map-r"]
+    assert "classical model" in texts["moon-map-r"]
     assert "g - r [mag]" in texts["colours"]
     assert "Validation RMSE [mag]" in texts["history"]
     assert "RMSE [mag]" in texts["comparison"]
@@ -316,6 +322,22 @@ def test_the_command_prints_the_page(
     assert "small" in written.read_text(encoding="utf-8")
 
 
+def only_figures(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    from desisky_tune.visualization import report
+
+    all_of_them = report._figures
+
+    def chosen(*given: Any) -> Any:
+        return (figure for figure in all_of_them(*given) if figure[1] in names)
+
+    monkeypatch.setattr(report, "_figures", chosen)
+
+
+def test_a_figure_that_does_not_exist_is_said(run: LoadedRun) -> None:
+    with pytest.raises(RunError, match=r"figure .histoire.: the report of .* has comparison, hist"):
+        run.figures(["histoire"])
+
+
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     from desisky_tune.visualization import report
 
@@ -361,7 +383,7 @@ def test_the_documented_page_runs(
     copy = tmp_path / "runs" / "quick"
     shutil.copytree(run_dir, copy, ignore=shutil.ignore_patterns("report"))
     (copy / "best" / "small.eqx").rename(copy / "best" / "quick.eqx")
-    without_figures(monkeypatch)
+    only_figures(monkeypatch, "history", "comparison")
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "report.md").read_text()
     names: dict[str, Any] = {}
@@ -369,7 +391,44 @@ def test_the_documented_page_runs(
         exec(block, names)
     assert names["page"] == copy / "report" / "index.html"
     assert names["page"].is_file()
+    assert list(names["figures"]) == ["comparison", "history"]
+    assert names["figures"]["history"].axes[0].get_xlabel() == "Trial"
     assert "huber_delta" in capsys.readouterr().out
+
+
+# --- in a browser ---------------------------------------------------------------------------------
+
+
+#: The figures that a page links to, each loaded as an image: their widths in pixels.
+LINKED_FIGURES = """Promise.all(
+  [...document.querySelectorAll('figcaption a')].map(link => new Promise(done => {
+    const image = new Image();
+    image.onload = image.onerror = () => done([link.getAttribute('href'), image.naturalWidth]);
+    image.src = link.href;
+  })))"""
+#: The images on the page itself, in it or in its drawings, and the drawings: their widths.
+SHOWN_FIGURES = """[...document.querySelectorAll('img, svg, svg image')].map(
+  each => each.naturalWidth ?? each.getBoundingClientRect().width)"""
+
+
+@pytest.mark.skipif(find_browser() is None, reason="no Chromium on this machine to look with")
+def test_a_browser_shows_the_page_whole(page: Path, tmp_path: Path) -> None:
+    figures = {path.name for path in page.parent.iterdir() if path.suffix != ".html"}
+    with Browser(tmp_path) as browser:
+        for width, scheme in ((390, "light"), (1400, "dark")):
+            browser.open(page, width, scheme=scheme)
+            assert browser.value_of("document.documentElement.scrollWidth <= window.innerWidth"), (
+                f"at {width} px the page is wider than the screen"
+            )
+            shown = browser.value_of(SHOWN_FIGURES)
+            assert len(shown) >= len(figures) / 2
+            assert min(shown) > 0
+            paper = browser.value_of("getComputedStyle(document.body).backgroundColor")
+            assert (paper == "rgb(255, 255, 255)") == (scheme == "light")
+        linked = dict(browser.value_of(LINKED_FIGURES))
+        assert set(linked) == figures
+        assert min(linked.values()) > 0
+        assert browser.complaints == []
 
 
 # --- load_run -------------------------------------------------------------------------------------
@@ -397,12 +456,20 @@ def test_rows_are_those_of_the_split(run: LoadedRun) -> None:
         run.rows("test")
 
 
-def test_every_column_of_the_tables_is_documented() -> None:
+def test_every_column_of_the_tables_is_documented_with_its_type() -> None:
     text = (ROOT / "docs" / "report.md").read_text()
     trials, curves = text.split("### trials.parquet")[1].split("### curves.parquet")
     for section, schema in ((trials, TRIALS_SCHEMA), (curves, CURVES_SCHEMA)):
-        names = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
-        assert re.findall(r"`(\w+)`", " ".join(names)) == schema.names
+        lines = [line.split("|") for line in section.splitlines() if line.startswith("| `")]
+        documented = [
+            (name, kind.strip())
+            for _, names, kind, *_ in lines
+            for name in re.findall(r"`(\w+)`", names)
+        ]
+        arrow = {"float64": "double"}
+        assert [(name, arrow.get(kind, kind)) for name, kind in documented] == [
+            (field.name, str(field.type)) for field in schema
+        ]
 
 
 # --- what the figures are made of -----------------------------------------------------------------
@@ -427,6 +494,42 @@ def test_a_hyperparameter_that_decides_everything_is_the_important_one(run: Load
     assert sum(each.value for each in found) == pytest.approx(1)
     assert all(0 <= each.low <= each.high <= 1 for each in found)
     assert importances(run.spec, records[:3]) == []
+
+
+def test_intervals_hold_the_figures_that_they_belong_to(run: LoadedRun, page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name, parts in (run.evaluation or {})["figures"].items():
+        for key, value in parts["validation"].items():
+            cell = re.search(
+                rf'data-figure="{name}.validation.{key}">[^<]*<br><small>([\d.]+) to ([\d.]+)<',
+                text,
+            )
+            assert cell is not None, (name, key)
+            assert float(cell[1]) < value < float(cell[2])
+    # The leaderboard has one for each trial whose weights are there.
+    board = text.split('id="leaderboard"')[1].split("<details>")[0]
+    assert len(re.findall(r"<td>[\d.]+ to [\d.]+</td>", board)) == TRAINED
+
+
+def test_residuals_of_one_size_have_no_width_of_interval() -> None:
+    observed = np.arange(24.0).reshape(6, 4)
+    predicted = observed + np.array([0.1, -0.2, 0.3, 0.4])
+    ends = rmse_intervals(predicted, observed, np.array([1, 1, 2, 2, 3, 3]))
+    expected = {"V": 0.1, "g": 0.2, "r": 0.3, "z": 0.4, "mean": 0.25, "mean_grz": 0.3}
+    assert ends.keys() == expected.keys()
+    for key, value in expected.items():
+        assert ends[key] == pytest.approx((value, value))
+
+
+def test_device_time_is_that_in_which_trials_were_under_way() -> None:
+    def between(started: float, ended_: float) -> TrialRecord:
+        record = ended(0, default_configuration(), made_up(1.0, EPOCHS), {})
+        return dataclasses.replace(record, started=started, ended=ended_)
+
+    # Two at a time from 0 to 10, a pause, one from 100 to 105 that follows another at 103.
+    records = [between(0, 10), between(2, 8), between(100, 103), between(103, 105)]
+    assert occupation(records) == (2, 15.0)
+    assert occupation([]) == (0, 0.0)
 
 
 def test_pointings_around_the_moon_are_where_the_geometry_puts_them() -> None:

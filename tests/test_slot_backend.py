@@ -306,12 +306,10 @@ def test_slots_that_nobody_could_fill_are_not_tried(arrays, tmp_path, monkeypatc
 def test_trainings_of_one_shape_follow_from_the_settings():
     """Two depths, three padded widths, one batch size: six shapes."""
     space = {"depth": {"choices": [2, 3]}, "width": {"low": 16, "high": 100}, "batch_size": 32}
-    several = {"folds": 3, "seeds": 2}
-    spec = spec_from_dict({"space": space, "evaluation": several})
-    assert expected_trainings(spec, 60) == 60 * 6 // 6
-    assert expected_trainings(spec, 1) == 6
-    alone = spec_from_dict({"space": space})
-    assert expected_trainings(alone, 60) == 10
+    spec = spec_from_dict({"space": space})
+    assert expected_trainings(spec, 60, 6) == 60 * 6 // 6
+    assert expected_trainings(spec, 1, 6) == 6
+    assert expected_trainings(spec, 60, 1) == 10
 
 
 def test_a_gpus_engine_trains_in_slots(arrays, tmp_path):

@@ -165,7 +165,9 @@ def test_a_training_goes_on_from_a_file_in_any_slot(
     states, _ = run(depth, {first: training}, target=pause)
     path = tmp_path_factory.mktemp("slot") / "a.state"
     write_state(path, taken(depth, states, first, width))
-    like = program_for(in_size=6, out_size=4, width=width, depth=depth, batch_size=BATCH)
+    like = program_for(
+        in_size=6, out_size=4, width=width, depth=depth, batch_size=BATCH, core="xla"
+    )
     state, _ = like.load_state(path)
     # The slots of a program that has already served others, and failed in one of them.
     slots = program(depth)
@@ -233,7 +235,13 @@ def alone(depth: int, training: Training, epochs: int, loss: str = "huber") -> t
     fold = folds[training.fold]
     parts = [part[at] for at in (fold.train, fold.validation) for part in (inputs, targets)]
     single = program_for(
-        in_size=6, out_size=4, width=training.width, depth=depth, batch_size=BATCH, loss=loss
+        in_size=6,
+        out_size=4,
+        width=training.width,
+        depth=depth,
+        batch_size=BATCH,
+        core="xla",
+        loss=loss,
     )
     return single.advance(
         single.init(training.seed),
@@ -259,7 +267,7 @@ def test_a_slot_agrees_with_the_program_of_one_training(depth, fold):
     assert int(state.optimiser.steps) == int(single.optimiser.steps)
     ours = model_of(at_width(state, 6, 4, training.width).best_parameters, 6, 4, training.width)
     theirs = program_for(
-        in_size=6, out_size=4, width=training.width, depth=depth, batch_size=BATCH
+        in_size=6, out_size=4, width=training.width, depth=depth, batch_size=BATCH, core="xla"
     ).best_model(single)
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         if eqx.is_array(one):
@@ -297,7 +305,7 @@ def test_a_training_begins_with_the_weights_of_equinox(width):
     assert bits(eqx.filter(model_of(fresh.parameters, 6, 4, width), eqx.is_array)) == bits(
         eqx.filter(model, eqx.is_array)
     )
-    single = program_for(in_size=6, out_size=4, width=width, depth=3, batch_size=BATCH)
+    single = program_for(in_size=6, out_size=4, width=width, depth=3, batch_size=BATCH, core="xla")
     assert bits(fresh) == bits(single.init(7))
 
 

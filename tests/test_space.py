@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 
 from desisky_tune.data.columns import FEATURES
 from desisky_tune.errors import SpaceError
-from desisky_tune.search.parameters import HYPERPARAMETERS, Choices, Fixed, Range, read_parameter
+from desisky_tune.search.parameters import (
+    HYPERPARAMETERS,
+    Choices,
+    Conditional,
+    Fixed,
+    Range,
+)
+from desisky_tune.search.reading import read_parameter
 from desisky_tune.search.space import (
     SearchSpec,
     default_configuration,
@@ -221,6 +228,20 @@ def test_the_default_is_the_documented_one() -> None:
         ("name=../elsewhere", "allowed are letters, digits"),
         ("search=6", "search = 6: must be a section"),
         ("space=6", "space = 6: must name hyperparameters"),
+        ("search.objectives=[parameters]", "must be [rmse] or [rmse, parameters]"),
+        ("search.objectives=[loss]", "search.objectives[0] = 'loss': must be one of 'rmse'"),
+        ("search.max_parameters=0", "search.max_parameters = 0: must be at least 1"),
+        ("search.constraints=[width]", "search.constraints[0] = 'width': must compare width,"),
+        ("search.constraints=['widht < 3']", "'widht' is not known here; must compare width"),
+        ("search.constraints=width < 3", "search.constraints = 'width < 3': must be a list"),
+        ("search.warm_start=[{widht: 3}]", "search.warm_start[0].widht = 3: unknown key; did"),
+        ("search.warm_start=[{width: 0}]", "search.warm_start[0].width = 0: must be a whole"),
+        ("search.warm_start=[3]", "search.warm_start[0]"),
+        ("space.depth={low: 1, high: 3, when: 3}", "space.depth.when = 3: must be a condition"),
+        ("space.depth={low: 1, high: 3, otherwise: 2}", "space.depth.when = None: must be a cond"),
+        ("space.width={low: 1, high: 3, when: 'depth > 1'}", "width comes first, and depends on"),
+        ("space.depth={low: 1, high: 3, when: 'batch_size > 1'}", "'batch_size' is not known here"),
+        ("space.depth={low: 1, high: 3, when: 'width > 1', otherwise: 0}", "depth.otherwise = 0"),
         ("space.width=0", "space.width = 0: must be a whole number from 1 to 8192"),
         ("space.width=64.5", "space.width = 64.5: must be a whole number"),
         ("space.width=true", "space.width = True: must be a whole number"),
@@ -432,6 +453,68 @@ def test_steps_end_at_the_last_that_fits() -> None:
     assert [parameter.at(f) for f in (0.1, 0.3, 0.6, 0.9)] == pytest.approx([0.1, 0.2, 0.3, 0.4])
     assert parameter.contains(0.30000000000000004)
     assert not parameter.contains(0.25)
+
+
+# --- constraints, conditions, what to begin with
+
+
+def test_a_constraint_speaks_of_hyperparameters_and_weights() -> None:
+    options = {"constraints": ["width * depth <= 1024", "parameters < 20_000 or depth == 1"]}
+    spec = spec_from_dict({"search": {**options, "max_parameters": 100_000}})
+    small = {**default_configuration(), "width": 64, "depth": 3}
+    assert spec.broken_constraint(small) is None
+    # 6 x 128 + 128, 4 x (128 x 128 + 128), 128 x 4 + 4
+    assert spec.broken_constraint(default_configuration()) == (
+        "search.constraints[1] 'parameters < 20_000 or depth == 1'"
+    )
+    assert not spec.default_runs
+    assert spec.broken_constraint({**small, "width": 512}) == (
+        "search.max_parameters 100,000 (it has 530,948)"
+    )
+    assert spec.broken_constraint({**small, "width": 1100, "depth": 1}) == (
+        "search.constraints[0] 'width * depth <= 1024'"
+    )
+
+
+def test_two_objectives_are_not_for_everyone() -> None:
+    both = "search.objectives=[rmse, parameters]"
+    lines = problems("quick", both, "search.sampler=gp")
+    assert [line.partition(": ")[2].partition(":")[0] for line in lines] == [
+        "search.sampler = 'gp'",
+        "search.scheduler = 'asha'",
+    ]
+    assert all(
+        "with objectives [rmse, parameters]" in line or "tpe, random" in line for line in lines
+    )
+    assert load_spec("quick", [both, "search.scheduler=none"]).search.sampler == "tpe"
+
+
+def test_a_warm_start_must_keep_the_constraints() -> None:
+    options = ["search.max_parameters=1000", "search.warm_start=[{width: 8, depth: 1}, {}]"]
+    [line] = problems("quick", *options)
+    assert "search.warm_start[1]" in line
+    assert "breaks search.max_parameters 1,000 (it has 67,460)" in line
+
+
+def test_a_conditional_hyperparameter_is_searched_where_its_condition_holds() -> None:
+    override = "space.batch_size={choices: [16, 64], when: 'width >= 128 and depth > 1'}"
+    spec = load_spec("quick", [override])
+    parameter = spec.space["batch_size"]
+    assert isinstance(parameter, Conditional)
+    assert parameter.otherwise == 32
+    assert "batch_size" not in spec.unconditional()
+    assert spec_from_dict(json.loads(json.dumps(resolved_dict(spec)))) == spec
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    seen = set()
+    for _ in range(40):
+        trial = study.ask()
+        configuration = spec.suggest(trial)
+        holds = configuration["width"] >= 128 and configuration["depth"] > 1
+        assert ("batch_size" in trial.params) == holds
+        assert configuration["batch_size"] in ((16, 64) if holds else (32,))
+        assert spec.as_params(configuration)[0] == trial.params
+        seen.add(configuration["batch_size"])
+    assert seen == {16, 32, 64}
 
 
 def test_parts_of_a_specification_can_be_made_in_python() -> None:

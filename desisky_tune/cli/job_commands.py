@@ -66,7 +66,7 @@ def submit(
         typer.Option(
             "--runs",
             metavar="DIR",
-            help="Folder on the cluster, shared by its nodes, that holds the runs. "
+            help="Folder on the cluster, shared by its nodes, or URL, that holds the runs. "
             "Default: ~/runs.",
         ),
     ] = None,

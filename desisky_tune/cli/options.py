@@ -50,3 +50,18 @@ Dashboard = Annotated[
 Run = Annotated[
     str, typer.Argument(metavar="RUN", help="Folder or URL of the run.", show_default=False)
 ]
+TensorBoard = Annotated[
+    bool, typer.Option("--tensorboard", help="Show finished trials to TensorBoard too.")
+]
+Mlflow = Annotated[
+    bool,
+    typer.Option(
+        "--mlflow", help="And to MLflow: MLFLOW_TRACKING_URI, else mlflow.db in the run's folder."
+    ),
+]
+Wandb = Annotated[
+    bool,
+    typer.Option(
+        "--wandb", help="And to Weights & Biases: WANDB_PROJECT, WANDB_MODE=offline and so on."
+    ),
+]

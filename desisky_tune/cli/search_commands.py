@@ -10,10 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from desisky_tune.cli.console import configuration_text, number, say, show, show_json, table
-from desisky_tune.cli.options import Address, AsJson, Dashboard, Data, Debug, Run, Subset
+from desisky_tune.cli.options import (
+    Address,
+    AsJson,
+    Dashboard,
+    Data,
+    Debug,
+    Mlflow,
+    Run,
+    Subset,
+    TensorBoard,
+    Wandb,
+)
 from desisky_tune.cli.progress import search_progress
 from desisky_tune.errors import InputError
 from desisky_tune.search.folder import RunFolder
+from desisky_tune.search.trackers import require_tools, tracking
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,8 +98,17 @@ def search(
             "--time-limit", metavar="TIME", help="Stop after this time: seconds, or 10m, 1h30m."
         ),
     ] = None,
+    warm_start: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--warm-start", metavar="RUN", help="Begin with the best of an earlier run. Repeatable."
+        ),
+    ] = None,
     address: Address = None,
     dashboard: Dashboard = False,
+    tensorboard: TensorBoard = False,
+    mlflow: Mlflow = False,
+    wandb: Wandb = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -109,10 +130,17 @@ def search(
     # JSON is YAML: a path or a time arrives as the text that was given.
     given = [f"{key}={json.dumps(value)}" for key, value in short.items() if value is not None]
     spec = load_spec(space, [*(overrides or []), *given])
+    if warm_start:
+        from desisky_tune.search.warm_start import earlier_configurations
 
+        first = earlier_configurations(spec, warm_start)
+        given.append(f"search.warm_start={json.dumps(first)}")
+        spec = load_spec(space, [*(overrides or []), *given])
+
+    tools = chosen_tools(tensorboard=tensorboard, mlflow=mlflow, wandb=wandb)
     from desisky_tune.search.run import run_search
 
-    with search_progress() as on_event:
+    with search_progress() as shown, tracking(tools, shown) as on_event:
         result = run_search(
             spec, runs=runs, name=name, address=address, dashboard=dashboard, on_event=on_event
         )
@@ -123,13 +151,17 @@ def resume(
     run: Run,
     address: Address = None,
     dashboard: Dashboard = False,
+    tensorboard: TensorBoard = False,
+    mlflow: Mlflow = False,
+    wandb: Wandb = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Finish a search that was interrupted."""
+    tools = chosen_tools(tensorboard=tensorboard, mlflow=mlflow, wandb=wandb)
     from desisky_tune.search.run import resume_search
 
-    with search_progress() as on_event:
+    with search_progress() as shown, tracking(tools, shown) as on_event:
         result = resume_search(run, address=address, dashboard=dashboard, on_event=on_event)
     _show_result(result, as_json)
 
@@ -229,6 +261,13 @@ def export(
         return
 
     show(str(export_trial(run, out, trial=trial)))
+
+
+def chosen_tools(**given: bool) -> list[str]:
+    """Return the tools that were asked for; refuse those that are not installed."""
+    names = [name for name, wanted in given.items() if wanted]
+    require_tools(names)
+    return names
 
 
 def _show_result(result: SearchResult, as_json: bool) -> None:

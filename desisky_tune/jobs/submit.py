@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 
 import desisky_tune
 from desisky_tune.data.features import CATALOGUE, SHIPPED, load_features, needs_ray, source_path
-from desisky_tune.data.remote import is_url, refuse_password, without_password
+from desisky_tune.data.remote import is_url, refuse_password
 from desisky_tune.errors import InputError
 from desisky_tune.files import sha256_file
 from desisky_tune.jobs.client import MARK, Cluster
@@ -52,7 +52,7 @@ def submit_search(
         two are alike.
     runs
         Folder on the cluster that holds the runs: absolute, or below ``~``. Where more
-        than one node trains it must be one that all nodes share.
+        than one node trains it must be one that all nodes share, or a URL.
     ship
         Whether this package travels with the job.
     pip
@@ -104,18 +104,17 @@ def entrypoint(name: str, runs: str) -> str:
 
 
 def runs_folder(runs: str) -> str:
-    """Return the folder of the runs, checked.
+    """Return the folder or URL of the runs, checked.
 
     Raises
     ------
     InputError
-        When it is relative (a job's working directory is thrown away after it) or a URL.
+        When it is relative (a job's working directory is thrown away after it), or a URL
+        with a password in it.
     """
-    if "://" in runs:
-        raise InputError(
-            f"--runs {without_password(runs)}: a search writes to a folder that the cluster's "
-            "nodes share, not to a URL"
-        )
+    if is_url(runs):
+        refuse_password(runs)
+        return runs
     if not (PurePosixPath(runs).is_absolute() or re.match(r"~(/|$)", runs)):
         raise InputError(
             f"--runs {runs}: must be absolute or begin with ~/; a job's working directory is "

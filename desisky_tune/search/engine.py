@@ -62,6 +62,20 @@ class Work:
     slots: int | None = None
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The rows in Ray's object store, without a copy: whoever made them keeps them there."""
+
+    reference: Any
+
+    def get(self) -> SearchArrays:
+        """Return them."""
+        import ray
+
+        found: SearchArrays = ray.get(self.reference)
+        return found
+
+
 def make_backend(device: Device, work: Work, arrays: SearchArrays) -> Backend:
     """Return what trains on a device. Nothing else decides it.
 
@@ -143,8 +157,8 @@ class Engine:
         Trials at a time, each in a thread of its own.
     work
         What is trained.
-    arrays
-        The rows.
+    rows
+        Reference to the rows in Ray's object store; None with a `backend`.
     dispatcher
         Told that this process has started; None for nobody.
     backend
@@ -157,15 +171,15 @@ class Engine:
         device: Device,
         slots: int,
         work: Work,
-        arrays: SearchArrays | None,
+        rows: Rows | None,
         dispatcher: Any = None,
         backend: Backend | None = None,
     ) -> None:
         if dispatcher is not None:
             dispatcher.started.remote(f"{name}:{os.getpid()}")
         if backend is None:
-            assert arrays is not None
-            backend = make_backend(device, work, arrays)
+            assert rows is not None
+            backend = make_backend(device, work, rows.get())
         self._name = name
         self._slots = slots
         self._work = work

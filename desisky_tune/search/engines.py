@@ -13,7 +13,7 @@ from ray.tune import Callback
 
 from desisky_tune.errors import RunError
 from desisky_tune.search.dispatch import Dispatcher
-from desisky_tune.search.engine import Device, Engine, Work
+from desisky_tune.search.engine import Device, Engine, Rows, Work
 from desisky_tune.search.events import EnginesReported, EventSink, Note
 from desisky_tune.search.figures import EngineFigures, SessionFigures, added
 from desisky_tune.search.local import process_environment
@@ -227,7 +227,7 @@ class RunningEngines:
             .remote(trials)
         )
         # Held here: an engine that is started again asks for them again.
-        self._rows = ray.put(arrays)
+        self._rows = Rows(ray.put(arrays))
         self._engines = []
         for plan in plans:
             where = (

@@ -6,6 +6,7 @@ the prediction, 2.30 for the likelihood, 5.9 for its gradient, 4.17 for the Mate
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -142,11 +143,27 @@ def log_expected_improvement(mean: np.ndarray, sd: np.ndarray, best: float) -> n
     return np.log(sd) + np.where(z > -5.0, direct, far)
 
 
-def next_point(process: GaussianProcess, best: float, rng: np.random.Generator) -> np.ndarray:
+def next_point(
+    process: GaussianProcess,
+    best: float,
+    rng: np.random.Generator,
+    allowed: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> np.ndarray:
     """Return the point (d,) of the unit cube where an improvement on `best` is expected most.
 
     A Sobol sequence first, then rounds of ever smaller steps around what leads: the
     expected improvement of many points costs hardly more than that of one.
+
+    Parameters
+    ----------
+    process
+        What is known.
+    best
+        The lowest value so far.
+    rng
+        Draws the candidates.
+    allowed
+        Tells which points (n, d) may be tried, (n,); None for all.
     """
     axes = process.points.shape[1]
     candidates = qmc.Sobol(axes, scramble=True, rng=rng).random(_CANDIDATES)
@@ -156,6 +173,8 @@ def next_point(process: GaussianProcess, best: float, rng: np.random.Generator) 
         around = np.clip(leaders[:, None, :] + steps, 0, 1).reshape(-1, axes)
         candidates = np.vstack([candidates, around])
         gain = log_expected_improvement(*process.predict(candidates), best)
+        if allowed is not None:
+            gain[~allowed(candidates)] = -np.inf
         candidates = candidates[np.argsort(-gain, kind="stable")[:_LEADERS]]
         leaders = candidates
     return leaders[0]

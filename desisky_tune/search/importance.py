@@ -63,7 +63,7 @@ def importances(spec: SearchSpec, records: Sequence[TrialRecord]) -> list[Import
         Empty where fewer than `FEWEST_TRIALS` trials count, or nothing is searched.
     """
     trials = _trials(spec, records)
-    names = [name for name, each in sorted(spec.distributions().items()) if not each.single()]
+    names = [name for name, each in sorted(spec.unconditional().items()) if not each.single()]
     if len(trials) < FEWEST_TRIALS or not names:
         return []
     shares = _shares(trials, names)
@@ -83,11 +83,17 @@ def importances(spec: SearchSpec, records: Sequence[TrialRecord]) -> list[Import
 
 
 def _trials(spec: SearchSpec, records: Sequence[TrialRecord]) -> list[FrozenTrial]:
-    """The complete trials as Optuna's; those outside the space have no place on its axes."""
-    space = spec.distributions()
+    """The complete trials as Optuna's; those outside the space have no place on its axes.
+
+    Hyperparameters that a condition may leave out have none either.
+    """
+    space = spec.unconditional()
     trials = []
     for record in records:
-        params, distributions = spec.as_params(record.configuration)
+        params, distributions = (
+            {name: each for name, each in part.items() if name in space}
+            for part in spec.as_params(record.configuration)
+        )
         if record.state == "COMPLETE" and distributions == space:
             trials.append(
                 optuna.create_trial(

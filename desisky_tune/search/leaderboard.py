@@ -12,6 +12,7 @@ import pandas as pd
 
 from desisky_tune.data.columns import BANDS
 from desisky_tune.search.folder import RunFolder
+from desisky_tune.search.pareto import pareto_front
 from desisky_tune.search.records import Ledger, TrialRecord
 
 #: Bands that were observed; V is derived from g and r where a source has none.
@@ -31,6 +32,7 @@ COLUMNS: tuple[str, ...] = (
     "huber_delta",
     "batch_size",
     "parameters",
+    "pareto",
     "epochs",
     "best_epoch",
     "seconds",
@@ -56,7 +58,8 @@ def leaderboard(run: str | Path | Iterable[TrialRecord]) -> pd.DataFrame:
         One row per trial with `COLUMNS`: the complete ones by objective (lowest RMSE on
         the validation rows first; a tie goes to fewer parameters, then the lower number),
         then the pruned ones likewise, then the failed ones with their reasons. RMSE in
-        mag; ``mean_grz`` is the mean of g, r and z alone; epochs count from 0.
+        mag; ``mean_grz`` is the mean of g, r and z alone; ``pareto`` is true of a complete
+        trial that no other beats in RMSE and weights; epochs count from 0.
 
     Raises
     ------
@@ -68,12 +71,17 @@ def leaderboard(run: str | Path | Iterable[TrialRecord]) -> pd.DataFrame:
     else:
         records = list(run)
     ordered = sorted(records, key=_place)
-    rows = [_row(rank, record) for rank, record in enumerate(ordered, start=1)]
+    front = {record.number for record in pareto_front(records)}
+    rows = [
+        {**_row(rank, record), "pareto": record.number in front}
+        for rank, record in enumerate(ordered, start=1)
+    ]
     board = pd.DataFrame(rows, columns=list(COLUMNS))
     kinds = {
         **dict.fromkeys(("rank", "trial", *_WHOLE), "Int64"),
         **dict.fromkeys(("objective", *BANDS, "mean_grz", *_REAL), "float64"),
         **dict.fromkeys(("state", "reason"), "object"),
+        "pareto": "boolean",
     }
     return board.astype(kinds)
 
@@ -162,7 +170,7 @@ def to_rows(board: pd.DataFrame, limit: int | None = None) -> tuple[list[str], l
         in place of its state.
     """
     header = ["#", "trial", "state", "RMSE", *BANDS, "g r z", "width", "depth", "lr", "delta",
-              "batch", "parameters", "epochs", "best", "s"]  # fmt: skip
+              "batch", "parameters", "front", "epochs", "best", "s"]  # fmt: skip
     rows = []
     for row in _values(board if limit is None else board.head(limit)):
         state = row["state"].lower()
@@ -176,6 +184,7 @@ def to_rows(board: pd.DataFrame, limit: int | None = None) -> tuple[list[str], l
                 *(_text(row[name], ".3g") for name in ("learning_rate", "huber_delta")),
                 _text(row["batch_size"], "d"),
                 _text(row["parameters"], ",d"),
+                "*" if row["pareto"] else "",
                 *(_text(row[name], "d") for name in ("epochs", "best_epoch")),
                 _text(row["seconds"], ".1f"),
             ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from desisky_tune.search.tables import curves_table, trials_table
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 #: The parts of the split that may be read again; the test rows are read once, by the search.
 READABLE_PARTS = ("train", "validation")
@@ -120,6 +121,12 @@ class LoadedRun:
                 f"{path}: {len(predictions)} rows, of which {len(together)} are the run's"
             )
         return together.sort_values(EXPOSURE_ID, ignore_index=True)
+
+    def figures(self, names: Sequence[str] | None = None) -> dict[str, Figure]:
+        """Draw the report's figures; see `desisky_tune.visualization.report.draw_figures`."""
+        from desisky_tune.visualization.report import draw_figures
+
+        return draw_figures(self, names)
 
     def report(self, out: str | Path | None = None) -> Path:
         """Write the report; see `desisky_tune.visualization.report.write_report`."""

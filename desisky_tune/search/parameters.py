@@ -20,9 +20,12 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from desisky_tune.data.names import nearest_name
+from desisky_tune.search.expression import Condition
 
 Number = int | float
+
+#: What an entry of a space may hold.
+ENTRY_KEYS: tuple[str, ...] = ("low", "high", "log", "step", "choices", "when", "otherwise")
 
 
 @dataclass(frozen=True)
@@ -251,146 +254,52 @@ class Fixed:
         return self.value
 
 
-Parameter = Range | Choices | Fixed
-
-
 @dataclass(frozen=True)
-class Problem:
-    """One rule that a space file breaks.
+class Conditional:
+    """A range or choices that are searched where a condition holds, one value elsewhere.
 
     Attributes
     ----------
-    field
-        Dotted name, such as ``space.width.low``; empty for the file as a whole.
-    given
-        The value that stands there.
-    rule
-        What is allowed.
+    inner
+        What is searched.
+    when
+        On the hyperparameters that come before this one.
+    otherwise
+        The value where it does not hold.
     """
 
-    field: str
-    given: Any
-    rule: str
+    inner: Range | Choices
+    when: Condition
+    otherwise: Number
+
+    def applies(self, configuration: Mapping[str, Any]) -> bool:
+        """Whether this hyperparameter is searched beside those of `configuration`."""
+        return self.when.holds(configuration)
+
+    @property
+    def distribution(self) -> BaseDistribution:
+        """The distribution where it is searched."""
+        return self.inner.distribution
+
+    def suggest(self, name: str, trial: Trial) -> Number:
+        """Ask `trial` for a value, where it is searched."""
+        return self.inner.suggest(name, trial)
+
+    def widened(self, value: Number) -> BaseDistribution | None:
+        """The distribution, wide enough for `value`."""
+        return self.inner.widened(value)
+
+    def at(self, fraction: float) -> Number:
+        """The value at `fraction` (0 to 1) of the way."""
+        return self.inner.at(fraction)
+
+    def fraction(self, value: Number) -> float:
+        """How far through `value` lies."""
+        return self.inner.fraction(value)
+
+    def entry(self) -> dict[str, Any]:
+        """This as a space file writes it."""
+        return {**self.inner.entry(), "when": self.when.text, "otherwise": self.otherwise}
 
 
-def unknown_key(name: str, allowed: list[str]) -> str:
-    """The rule for a key that does not exist."""
-    near = nearest_name(name, allowed)
-    hint = f"; did you mean {near!r}?" if near else ""
-    return f"unknown key{hint} (allowed: {', '.join(allowed)})"
-
-
-def read_parameter(name: str, given: Any) -> tuple[Parameter | None, list[Problem]]:
-    """Read what a space file says of one hyperparameter.
-
-    Parameters
-    ----------
-    name
-        One of `HYPERPARAMETERS`.
-    given
-        ``{low, high, log, step}``, ``{choices}`` or a number.
-
-    Returns
-    -------
-    parameter
-        None where there is a problem.
-    problems
-        Every rule that is broken.
-    """
-    kind, field = HYPERPARAMETERS[name], f"space.{name}"
-    if isinstance(given, Range | Choices | Fixed):
-        given = given.entry()
-    if not isinstance(given, Mapping):
-        if isinstance(given, list):
-            rule = f"a list of values is written {{choices: {given}}}"
-            return None, [Problem(field, given, rule)]
-        problems: list[Problem] = []
-        value = _number(kind, field, given, problems)
-        return (None if problems else Fixed(value)), problems
-    if "choices" in given:
-        return _read_choices(kind, field, given)
-    return _read_range(kind, field, given)
-
-
-def _read_choices(
-    kind: Hyperparameter, field: str, given: Mapping[str, Any]
-) -> tuple[Parameter | None, list[Problem]]:
-    problems = [
-        Problem(f"{field}.{key}", given[key], "choices stand alone, without low, high, log, step")
-        for key in given
-        if key != "choices"
-    ]
-    choices = given["choices"]
-    if not isinstance(choices, list | tuple) or not choices:
-        problems.append(
-            Problem(f"{field}.choices", choices, f"must list at least one value, {kind.rule}")
-        )
-        return None, problems
-    values = [
-        _number(kind, f"{field}.choices[{index}]", value, problems)
-        for index, value in enumerate(choices)
-    ]
-    if not problems and len(set(values)) < len(values):
-        problems.append(Problem(f"{field}.choices", choices, "must name each value once"))
-    return (None if problems else Choices(tuple(values))), problems
-
-
-def _read_range(
-    kind: Hyperparameter, field: str, given: Mapping[str, Any]
-) -> tuple[Parameter | None, list[Problem]]:
-    allowed = ["low", "high", "log", "step", "choices"]
-    problems = [
-        Problem(f"{field}.{key}", given[key], unknown_key(str(key), allowed))
-        for key in given
-        if key not in allowed
-    ]
-    log = given.get("log", False)
-    if not isinstance(log, bool):
-        problems.append(Problem(f"{field}.log", log, "must be true or false"))
-    bounds: dict[str, Number] = {}
-    for end in ("low", "high"):
-        if end not in given:
-            problems.append(Problem(field, dict(given), f"needs low and high; {end} is missing"))
-        elif log is True and _is_number(given[end]) and given[end] <= 0:
-            rule = "must be above 0 on a log scale"
-            problems.append(Problem(f"{field}.{end}", given[end], rule))
-        else:
-            bounds[end] = _number(kind, f"{field}.{end}", given[end], problems)
-    if problems:
-        return None, problems
-    low, high = bounds["low"], bounds["high"]
-    if low >= high:
-        return None, [Problem(f"{field}.low", low, f"must be below high ({high:g})")]
-    step = given.get("step")
-    if step is not None:
-        broken = _step_rule(kind, step, low, high, log)
-        if broken:
-            return None, [Problem(f"{field}.step", step, broken)]
-        step = int(step) if kind.whole else float(step)
-    elif kind.whole:
-        step = 1
-    return Range(low, high, log=log, step=step, whole=kind.whole), []
-
-
-def _step_rule(kind: Hyperparameter, step: Any, low: Number, high: Number, log: bool) -> str | None:
-    """The rule that a step breaks, if any."""
-    if not _is_number(step) or (kind.whole and step != int(step)):
-        return f"must be {'a whole number' if kind.whole else 'a number'} above 0"
-    if log and not (kind.whole and step == 1):
-        return "cannot be combined with log: true"
-    if not 0 < step <= high - low:
-        return f"must be above 0 and at most high - low ({high - low:g})"
-    return None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _number(kind: Hyperparameter, field: str, value: Any, problems: list[Problem]) -> Number:
-    """Return `value` as a number of `kind`; where it is none, note the problem."""
-    try:
-        return kind.coerce(value)
-    except ValueError as error:
-        problems.append(Problem(field, value, str(error)))
-        return kind.default
+Parameter = Range | Choices | Fixed | Conditional

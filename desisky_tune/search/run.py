@@ -17,6 +17,7 @@ from desisky_tune.search.events import (
     DataReady,
     Event,
     EventSink,
+    Note,
     SearchFinished,
 )
 from desisky_tune.search.figures import SessionFigures
@@ -124,6 +125,7 @@ def run_search(
         spec = load_spec(spec)
     emit = on_event or _ignore
     started = time.time()
+    _require_feasible(spec)
     with stop_signals() as stop:
         # A table needs no Ray, so that its faults are told before one is started.
         table = None if needs_ray(spec.data.source) else _features(spec)
@@ -191,6 +193,9 @@ def _search(
             provenance=dict(run.table.provenance),
         )
     )
+    if run.spec.search.default_first and not run.spec.default_runs:
+        broken = run.spec.broken_constraint(default_configuration())
+        emit(Note(f"the documented default is not run: it breaks {broken}"))
     # These import Ray, which has begun.
     from desisky_tune.search.gauges import measured
     from desisky_tune.search.session import run_stage
@@ -307,6 +312,12 @@ def _features(spec: SearchSpec, address: str | None = None) -> FeatureTable:
                 f"of {spec.data.source}; every feature needs a value in every row"
             )
     return table
+
+
+def _require_feasible(spec: SearchSpec) -> None:
+    from desisky_tune.search.drafts import require_feasible  # the samplers need scipy
+
+    require_feasible(spec)
 
 
 def _ignore(event: Event) -> None:

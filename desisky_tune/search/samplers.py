@@ -24,19 +24,34 @@ from desisky_tune.search.space import SearchSpec
 
 #: Candidates that TPE draws per suggestion (Optuna's default).
 TPE_CANDIDATES = 24
+#: Suggestions for one trial that may break a constraint before chance takes over.
+OWN_ATTEMPTS = 20
 
 
-def make_sampler(spec: SearchSpec, number: int) -> BaseSampler:
-    """Return the sampler for trial `number` of a search."""
+def make_sampler(spec: SearchSpec, number: int, attempt: int = 0) -> BaseSampler:
+    """Return the sampler for trial `number` of a search.
+
+    Parameters
+    ----------
+    spec
+        The search.
+    number
+        The trial's.
+    attempt
+        Suggestions for this trial that broke a constraint so far. After `OWN_ATTEMPTS` of
+        them chance decides (at once with qmc, whose sequence has one point per trial).
+    """
     from desisky_tune.search.unit_cube import CmaSampler, GpSampler, SobolSampler
 
-    seed = trial_seed(spec.search.seed, number)
+    seed = trial_seed(spec.search.seed, number, attempt)
     startup = spec.search.startup_trials
+    if attempt >= (1 if spec.search.sampler == "qmc" else OWN_ATTEMPTS):
+        return RandomSampler(seed=seed)
     match spec.search.sampler:
         case "random":
             return RandomSampler(seed=seed)
         case "tpe":
-            return SpaceTPESampler(spec.distributions(), seed=seed, startup=startup)
+            return SpaceTPESampler(spec.unconditional(), seed=seed, startup=startup)
         case "qmc":
             return SobolSampler(spec, number, sequence=spec.search.seed)
         case "cmaes":
@@ -47,9 +62,10 @@ def make_sampler(spec: SearchSpec, number: int) -> BaseSampler:
             raise AssertionError(f"sampler {other!r} passed the specification's check")
 
 
-def trial_seed(seed: int, number: int) -> int:
+def trial_seed(seed: int, number: int, attempt: int = 0) -> int:
     """Return the seed of trial `number` in a search with `seed`: 31 bits, well mixed."""
-    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0]) & 0x7FFFFFFF
+    source = [seed, number, attempt] if attempt else [seed, number]
+    return int(np.random.SeedSequence(source).generate_state(1)[0]) & 0x7FFFFFFF
 
 
 def sampler_settings(spec: SearchSpec) -> dict[str, Any]:
@@ -77,7 +93,8 @@ class SpaceTPESampler(TPESampler):
     Optuna takes the space from the trials that there are: the documented default, whose
     distributions may have been widened, would drop out hyperparameters for good. Every
     option whose default changed between Optuna's versions is given: `multivariate`
-    (hyperparameters are sampled jointly), `group` off (the space has no conditions),
+    (hyperparameters are sampled jointly), `group` off (what a condition may
+    leave out stands outside the joint space, and is sampled by itself),
     `constant_liar` (trials under way count as bad, so that neighbours in flight differ).
     """
 

@@ -148,7 +148,7 @@ def make_scheduler(spec: SearchSpec, stop: StopRequest | None = None) -> Schedul
     """Return the scheduler of a search: ``asha`` or ``none``."""
     if spec.search.scheduler == "none":
         return FullScheduler(stop)
-    spared = (0,) if spec.search.default_first else ()
+    spared = (0,) if spec.default_runs else ()
     return RungScheduler(rungs(spec), spec.search.reduction, spared, stop)
 
 

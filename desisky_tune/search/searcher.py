@@ -25,10 +25,11 @@ from sqlalchemy.exc import DatabaseError
 
 from desisky_tune.errors import RunError, StorageError
 from desisky_tune.files import atomic_path
+from desisky_tune.search.drafts import draw_within
 from desisky_tune.search.records import TrialRecord, finish, nested
 from desisky_tune.search.samplers import make_sampler
 from desisky_tune.search.schedulers import METRIC, MODE, TIME
-from desisky_tune.search.space import SearchSpec, default_configuration
+from desisky_tune.search.space import SearchSpec
 
 Pending = Sequence[tuple[int, Mapping[str, Any]]]
 
@@ -62,8 +63,8 @@ class StudySearch(OptunaSearch):
         self._store = open_storage(self.path)
         super().__init__(
             space=spec.suggest,
-            metric=METRIC,
-            mode=MODE,
+            metric=METRIC if len(spec.search.objectives) == 1 else [*spec.search.objectives],
+            mode=MODE if len(spec.search.objectives) == 1 else [MODE] * len(spec.search.objectives),
             sampler=make_sampler(spec, 0),
             storage=self._store,
             study_name=spec.name,
@@ -156,10 +157,9 @@ class StudySearch(OptunaSearch):
         trial = self._trial_id(number)
         for name, value in _notes(record).items():
             self._store.set_trial_user_attr(trial, name, value)
-        value = None if record.state == "FAIL" else record.objective
         # Told to the storage, because a study that is told PRUNED takes no value of ours.
         self._store.set_trial_state_values(
-            trial, TrialState[record.state], None if value is None else [value]
+            trial, TrialState[record.state], objective_values(self.spec, record)
         )
         self.records[number] = record
 
@@ -188,22 +188,38 @@ class StudySearch(OptunaSearch):
         return min(gaps, default=len(trials))
 
     def _new(self, number: int) -> dict[str, Any]:
-        if number == 0 and self.spec.search.default_first:
-            configuration = default_configuration(self.spec)
-            self._claim(0, configuration)
-            return configuration
+        first = self.spec.first_configurations()
+        if number < len(first):
+            self._claim(number, first[number])
+            return first[number]
+        if self.spec.constrained or self.spec.search.warm_start:
+            return self._within_constraints(number)
         self.study.sampler = make_sampler(self.spec, number)
         trial = self.study.ask()
         if trial.number != number:
             raise RunError(f"{self.path}: something else is writing to this study")
         return self.spec.suggest(trial)
 
+    def _within_constraints(self, number: int) -> dict[str, Any]:
+        """Draw configurations until one may be trained; that one alone is written."""
+        self._begin(number)
+        frozen = self._store.get_trial(self._trial_id(number))
+        configuration = draw_within(self.spec, number, self.study, frozen)
+        self._keep(number, configuration)
+        return configuration
+
     def _claim(self, number: int, configuration: Mapping[str, Any]) -> None:
         """Make trial `number` a running one with this configuration."""
+        self._begin(number)
+        self._keep(number, configuration)
+
+    def _begin(self, number: int) -> None:
         for _ in range(len(self.study.get_trials(deepcopy=False)), number + 1):
             self.study.add_trial(optuna.create_trial(state=TrialState.WAITING))
+        self._store.set_trial_state_values(self._trial_id(number), TrialState.RUNNING)
+
+    def _keep(self, number: int, configuration: Mapping[str, Any]) -> None:
         trial = self._trial_id(number)
-        self._store.set_trial_state_values(trial, TrialState.RUNNING)
         params, distributions = self.spec.as_params(configuration)
         for name, distribution in distributions.items():
             inner = distribution.to_internal_repr(params[name])
@@ -283,7 +299,11 @@ def rebuild_study(path: str | Path, spec: SearchSpec, records: Iterable[TrialRec
     with atomic_path(path) as temporary:
         storage = open_storage(temporary)
         try:
-            study = optuna.create_study(storage=storage, study_name=spec.name, direction="minimize")
+            study = optuna.create_study(
+                storage=storage,
+                study_name=spec.name,
+                directions=["minimize"] * len(spec.search.objectives),
+            )
             study.add_trials(
                 _frozen(spec, by_number[number])
                 if number in by_number
@@ -298,7 +318,7 @@ def _frozen(spec: SearchSpec, record: TrialRecord) -> FrozenTrial:
     params, distributions = spec.as_params(record.configuration)
     trial = optuna.create_trial(
         state=TrialState[record.state],
-        value=record.objective,
+        values=objective_values(spec, record),
         params=params,
         distributions=distributions,
         intermediate_values=record.rungs,
@@ -307,6 +327,17 @@ def _frozen(spec: SearchSpec, record: TrialRecord) -> FrozenTrial:
     trial.datetime_start = datetime.fromtimestamp(record.started)
     trial.datetime_complete = datetime.fromtimestamp(record.ended)
     return trial
+
+
+def objective_values(spec: SearchSpec, record: TrialRecord) -> list[float] | None:
+    """Return what a study minimises of a record, in the order of the specification's objectives.
+
+    None for a failed trial: it has no values.
+    """
+    if record.state == "FAIL" or record.objective is None:
+        return None
+    values = {"rmse": record.objective, "parameters": float(record.parameters)}
+    return [values[name] for name in spec.search.objectives]
 
 
 def _notes(record: TrialRecord) -> dict[str, Any]:

@@ -28,15 +28,24 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from desisky_tune.data.columns import FEATURES
+from desisky_tune.search.expression import Condition, read_condition
 from desisky_tune.search.folder import valid_run_name
 from desisky_tune.search.parameters import (
     HYPERPARAMETERS,
+    Conditional,
     Fixed,
     Parameter,
+)
+from desisky_tune.search.reading import (
     Problem,
+    read_configuration,
     read_parameter,
     unknown_key,
 )
+from desisky_tune.search.records import parameter_count
+
+#: What constraints call the number of weights and biases.
+PARAMETERS = "parameters"
 
 _DURATION = re.compile(r"(?:(\d+(?:\.\d*)?)h)?(?:(\d+(?:\.\d*)?)m)?(?:(\d+(?:\.\d*)?)s?)?")
 
@@ -158,6 +167,14 @@ class SearchOptions(_Section):
         How often a trial whose process died is started again.
     default_first
         Make the documented default trial 0, trained in full.
+    objectives
+        What is minimised: the RMSE, and the number of weights too where it is named.
+    max_parameters
+        Weights and biases that a model may have; None for any number.
+    constraints
+        Conditions on the hyperparameters and ``parameters`` that every trial must fulfil.
+    warm_start
+        Configurations that are tried first, after the documented default.
     """
 
     trials: Annotated[Whole, Field(ge=1, le=100_000)] = 32
@@ -170,6 +187,58 @@ class SearchOptions(_Section):
     startup_trials: Annotated[Whole, Field(ge=1)] = 10
     max_failures: Annotated[Whole, Field(ge=0, le=100)] = 2
     default_first: StrictBool = True
+    objectives: tuple[Literal["rmse", "parameters"], ...] = ("rmse",)
+    max_parameters: Annotated[Whole, Field(ge=1)] | None = None
+    constraints: tuple[Text, ...] = ()
+    warm_start: tuple[dict[str, Any], ...] = ()
+
+    @field_validator("objectives")
+    @classmethod
+    def _rmse_leads(cls, objectives: tuple[str, ...]) -> tuple[str, ...]:
+        if objectives not in (("rmse",), ("rmse", "parameters")):
+            raise PydanticCustomError("objectives", "must be [rmse] or [rmse, parameters]")
+        return objectives
+
+    @field_validator("constraints")
+    @classmethod
+    def _constraints_can_be_read(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        problems = []
+        for index, text in enumerate(texts):
+            try:
+                read_condition(text, (*HYPERPARAMETERS, PARAMETERS))
+            except ValueError as error:
+                problems.append(Problem(f"search.constraints[{index}]", text, str(error)))
+        if problems:
+            raise PydanticCustomError("parameters", "see problems", {"problems": problems})
+        return texts
+
+    @field_validator("warm_start")
+    @classmethod
+    def _configurations_are_whole(cls, given: Any) -> tuple[dict[str, int | float], ...]:
+        read = [
+            read_configuration(f"search.warm_start[{index}]", each)
+            for index, each in enumerate(given)
+        ]
+        problems = [problem for _, broken in read for problem in broken]
+        if problems:
+            raise PydanticCustomError("parameters", "see problems", {"problems": problems})
+        return tuple(configuration for configuration, _ in read)
+
+    @model_validator(mode="after")
+    def _two_objectives_are_known_to_some(self) -> SearchOptions:
+        problems = []
+        if len(self.objectives) > 1 and self.sampler in ("gp", "cmaes"):
+            rule = "knows one objective; with [rmse, parameters] it must be tpe, random or qmc"
+            problems.append(Problem("search.sampler", self.sampler, rule))
+        if len(self.objectives) > 1 and self.scheduler == "asha":
+            rule = (
+                "would stop small models for their RMSE; with objectives [rmse, parameters] "
+                "it must be none"
+            )
+            problems.append(Problem("search.scheduler", self.scheduler, rule))
+        if problems:
+            raise PydanticCustomError("parameters", "see problems", {"problems": problems})
+        return self
 
 
 class EvaluationSpec(_Section):
@@ -308,18 +377,74 @@ class SearchSpec(_Section):
             raise PydanticCustomError("parameters", "see problems", {"problems": [problem]})
         return self
 
+    @model_validator(mode="after")
+    def _warm_start_keeps_the_constraints(self) -> SearchSpec:
+        problems = [
+            Problem(f"search.warm_start[{index}]", configuration, f"breaks {broken}")
+            for index, configuration in enumerate(self.search.warm_start)
+            if (broken := self.broken_constraint(configuration))
+        ]
+        if problems:
+            raise PydanticCustomError("parameters", "see problems", {"problems": problems})
+        return self
+
     @field_serializer("space")
     def _write_space(self, space: dict[str, Any]) -> dict[str, Any]:
         return {name: parameter.entry() for name, parameter in space.items()}
 
     def suggest(self, trial: Trial) -> dict[str, int | float]:
         """Return a configuration: every hyperparameter, as `trial` suggests it."""
-        return {name: parameter.suggest(name, trial) for name, parameter in self.space.items()}
+        configuration: dict[str, int | float] = {}
+        for name, parameter in self.space.items():
+            if isinstance(parameter, Conditional) and not parameter.applies(configuration):
+                configuration[name] = parameter.otherwise
+            else:
+                configuration[name] = parameter.suggest(name, trial)
+        return configuration
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """Return the distribution of each hyperparameter that is searched."""
         found = {name: parameter.distribution for name, parameter in self.space.items()}
         return {name: each for name, each in found.items() if each is not None}
+
+    def unconditional(self) -> dict[str, BaseDistribution]:
+        """Return the distributions of those that are searched in every trial."""
+        return {
+            name: each
+            for name, each in self.distributions().items()
+            if not isinstance(self.space[name], Conditional)
+        }
+
+    @property
+    def constrained(self) -> bool:
+        """Whether some configurations of the space must not be tried."""
+        return bool(self.search.constraints) or self.search.max_parameters is not None
+
+    def broken_constraint(self, configuration: Mapping[str, Any]) -> str | None:
+        """Return the first constraint that a configuration breaks, as a space file has it."""
+        count = parameter_count(configuration, inputs=len(self.data.features))
+        most = self.search.max_parameters
+        if most is not None and count > most:
+            return f"search.max_parameters {most:,} (it has {count:,})"
+        for index, text in enumerate(self.search.constraints):
+            if not Condition(text).holds({**configuration, PARAMETERS: count}):
+                return f"search.constraints[{index}] {text!r}"
+        return None
+
+    def first_configurations(self) -> list[dict[str, int | float]]:
+        """Return what is tried before anything is suggested: the default, then the warm start.
+
+        The documented default is left out where it breaks a constraint.
+        """
+        default = default_configuration(self)
+        first = [default] if self.default_runs else []
+        return [*first, *(dict(each) for each in self.search.warm_start)]
+
+    @property
+    def default_runs(self) -> bool:
+        """Whether trial 0 is the documented default."""
+        wanted = self.search.default_first
+        return wanted and self.broken_constraint(default_configuration(self)) is None
 
     def fixed_configuration(self) -> dict[str, int | float]:
         """Return the hyperparameters that have one value."""
@@ -345,7 +470,9 @@ class SearchSpec(_Section):
         params: dict[str, Any] = {}
         distributions: dict[str, BaseDistribution] = {}
         for name, parameter in self.space.items():
-            if isinstance(parameter, Fixed):
+            if isinstance(parameter, Fixed) or (
+                isinstance(parameter, Conditional) and not parameter.applies(configuration)
+            ):
                 continue
             distribution = parameter.widened(configuration[name])
             if distribution is not None:

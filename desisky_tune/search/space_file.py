@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from desisky_tune.data.names import nearest_name
 from desisky_tune.errors import SpaceError
-from desisky_tune.search.parameters import HYPERPARAMETERS, Problem, unknown_key
+from desisky_tune.search.parameters import ENTRY_KEYS, HYPERPARAMETERS
+from desisky_tune.search.reading import Problem, unknown_key
 from desisky_tune.search.space import SearchSpec
 from desisky_tune.search.yaml_reader import YamlError, read_yaml
 
@@ -176,7 +177,7 @@ def _require_known(override: str, keys: list[str]) -> None:
         elif keys[0] == "space" and depth == 1:
             allowed, following = list(HYPERPARAMETERS), None
         elif keys[0] == "space" and depth == 2:
-            allowed, following = ["low", "high", "log", "step", "choices"], None
+            allowed, following = list(ENTRY_KEYS), None
         else:
             raise SpaceError(f"--set {override}: {'.'.join(keys[:depth])} has no fields of its own")
         if key not in allowed:

@@ -41,8 +41,11 @@ if TYPE_CHECKING:
 _OPENED_WITH = (
     "search.json",
     "features.parquet",
+    "trials.parquet",
+    "curves.parquet",
     "evaluation.json",
     "best/",
+    "report/",
     "ensemble/",
     "out_of_fold",
 )
@@ -158,12 +161,14 @@ class RunMirror:
             files.delete_file(target)
 
     def forget_states(self, finished: Iterable[int]) -> None:
-        """Remove the states of finished trials whose weights have been kept."""
+        """Remove, when a search has ended, the states that no weights will be made from."""
         places = set(self.places("trials"))
         numbers = {f"{number:05d}" for number in finished}
         for place in sorted(places):
-            number = Path(place).stem.split("-")[0]
-            if place.endswith(".state") and number in numbers and f"trials/{number}.eqx" in places:
+            number, _, member = Path(place).stem.partition("-")
+            kept = number in numbers and f"trials/{number}.eqx" in places
+            # Of trials of several members, and of finalists, no weights are made from states.
+            if place.endswith(".state") and (member or kept):
                 self.remove(place)
 
     def pull(self) -> None:

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import norm, qmc, rankdata
 
 from desisky_tune.search.gaussian_process import GaussianProcess, next_point
-from desisky_tune.search.parameters import Choices, Range
+from desisky_tune.search.parameters import Choices, Conditional, Range
 from desisky_tune.search.space import SearchSpec
 
 
@@ -29,7 +29,8 @@ class _UnitCubeSampler(BaseSampler):
         self._number = number
         self._random = RandomSampler(seed=seed)
         self._rng = np.random.default_rng(seed)
-        self._axes: dict[str, Range | Choices] = {}
+        self._spec = spec
+        self._axes: dict[str, Range | Choices | Conditional] = {}
         self._space: dict[str, BaseDistribution] = {}
         for name, distribution in spec.distributions().items():
             if not distribution.single():
@@ -49,10 +50,7 @@ class _UnitCubeSampler(BaseSampler):
         point = self._point(study) if self._axes else None
         if point is None:
             return {}
-        return {
-            name: axis.at(float(fraction))
-            for (name, axis), fraction in zip(self._axes.items(), point, strict=True)
-        }
+        return self._values(point)
 
     def sample_independent(
         self,
@@ -96,6 +94,20 @@ class _UnitCubeSampler(BaseSampler):
                 if name in trial.params:
                     points[row, column] = axis.fraction(trial.params[name])
         return points
+
+    def _allowed(self, points: np.ndarray) -> np.ndarray:
+        """Tell which points (n, axes) keep the constraints, (n,)."""
+        fixed = self._spec.fixed_configuration()
+        return np.array(
+            [self._spec.broken_constraint(fixed | self._values(point)) is None for point in points]
+        )
+
+    def _values(self, point: np.ndarray) -> dict[str, int | float]:
+        """Return the hyperparameters at a point (axes,)."""
+        return {
+            name: axis.at(float(fraction))
+            for (name, axis), fraction in zip(self._axes.items(), point, strict=True)
+        }
 
 
 class SobolSampler(_UnitCubeSampler):
@@ -168,4 +180,5 @@ class GpSampler(_UnitCubeSampler):
             process = GaussianProcess.fit(points, scores)
         if len(pending):
             process = process.believing(pending)
-        return next_point(process, float(scores.min()), self._rng)
+        allowed = self._allowed if self._spec.constrained else None
+        return next_point(process, float(scores.min()), self._rng, allowed)

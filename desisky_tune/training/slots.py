@@ -259,7 +259,7 @@ class SlotProgram:
 
     def _advance_on_device(
         self, states: TrainState, rows: SlotRows, settings: SlotSettings, epochs: jax.Array
-    ) -> tuple[TrainState, tuple[jax.Array, jax.Array, jax.Array]]:
+    ) -> tuple[TrainState, tuple[Any, Any, Any]]:
         """Return the new states, and the table of the epochs, their numbers and the failures."""
 
         def live(states: TrainState) -> jax.Array:
@@ -297,7 +297,7 @@ class SlotProgram:
         finite = jnp.isfinite(train_loss) & jnp.isfinite(measured[:, 0]) & jnp.isfinite(objective)
         better = live & finite & (objective < states.best_value)
 
-        def kept(new: jax.Array, old: jax.Array) -> jax.Array:
+        def kept(new: Any, old: Any) -> jax.Array:
             return jnp.where(better.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
         ones = jnp.ones_like(train_loss)
@@ -327,7 +327,7 @@ class SlotProgram:
         capacity = rows.train.shape[1]
         steps = -(-capacity // batch)
 
-        def drawn(seed: jax.Array, epoch: jax.Array, count: jax.Array, fold: jax.Array) -> Any:
+        def drawn(seed: Any, epoch: Any, count: Any, fold: Any) -> jax.Array:
             order = padded_epoch_order(seed, epoch, count, capacity)
             return rows.train.at[fold, order].get(mode="clip")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -117,29 +117,49 @@ def pointing_altitude(
     return np.degrees(np.arcsin(np.clip(sine, -1.0, 1.0)))
 
 
-def plot_moon_map(data: MoonMap, band: str, v_derived: bool) -> Figure:
-    """Draw one band of a map: the Moon in the middle, the zenith upwards."""
-    values = data.magnitudes[..., BANDS.index(band)]
-    with panel(3.7) as figure:
-        axes: Any = figure.subplots(subplot_kw={"projection": "polar"})
-        axes.set(theta_zero_location="N", rlim=(0, data.separation[-1]))
-        mesh = axes.pcolormesh(
-            np.radians(data.angle),
-            data.separation,
-            np.ma.masked_invalid(values),
-            cmap="viridis_r",
-            shading="flat",
-            rasterized=True,
-        )
-        axes.set_xticks(np.radians([0, 90, 180, 270]), ["zenith", "90°", "180°", "90°"])
-        axes.set_yticks([30, 60, 90], ["30°", "60°", "90°"])
-        axes.set_rlabel_position(135)
-        axes.plot([0], [0], "o", color="#d9b300", markersize=9)
-        axes.tick_params(pad=1)
-        bar = figure.colorbar(mesh, ax=axes, shrink=0.85, pad=0.08)
-        bar.ax.invert_yaxis()
+def plot_moon_map(maps: Mapping[str, MoonMap], band: str, v_derived: bool) -> Figure:
+    """Draw one band of each map: the Moon in the middle, the zenith upwards, one scale.
+
+    Parameters
+    ----------
+    maps
+        By what each is called.
+    band
+        V, g, r or z.
+    v_derived
+        True where V was derived from g and r.
+    """
+    index = BANDS.index(band)
+    values = {
+        name: np.ma.masked_invalid(each.magnitudes[..., index]) for name, each in maps.items()
+    }
+    ends = [end for each in values.values() if each.count() for end in (each.min(), each.max())]
+    with panel(3.2) as figure:
+        grid: Any = figure.subplots(1, len(maps), subplot_kw={"projection": "polar"}, squeeze=False)
+        for axes, (name, data) in zip(grid.flat, maps.items(), strict=True):
+            axes.set(theta_zero_location="N", rlim=(0, data.separation[-1]))
+            mesh = axes.pcolormesh(
+                np.radians(data.angle),
+                data.separation,
+                values[name],
+                cmap="viridis_r",
+                shading="flat",
+                rasterized=True,
+                vmin=min(ends, default=None),
+                vmax=max(ends, default=None),
+            )
+            axes.set_xticks(np.radians([0, 90, 180, 270]), ["zenith", "90°", "180°", "90°"])
+            axes.set_yticks([30, 60, 90], ["30°", "60°", "90°"])
+            axes.set_rlabel_position(180)
+            axes.plot([0], [0], "o", color="#d9b300", markersize=7)
+            axes.tick_params(pad=0, labelsize=7.5)
+            axes.set_title(name, loc="center", pad=4)
+        bar = figure.colorbar(mesh, ax=grid, location="bottom", aspect=32, pad=0.04)
+        bar.ax.invert_xaxis()
         bar.outline.set_visible(False)
-        bar.set_label(f"Predicted {band_name(band, v_derived)} [{MAGNITUDE}]")
+        bar.set_label(
+            f"Predicted {band_name(band, v_derived)} [{MAGNITUDE}], brighter to the right"
+        )
     return figure
 
 

@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import desisky_tune
-from desisky_tune.data.columns import BANDS, EXPOSURE_ID, NIGHT, TARGETS
+from desisky_tune.data.columns import BANDS, TARGETS
 from desisky_tune.errors import RunError
 from desisky_tune.files import atomic_open
 from desisky_tune.inference import Predictor
 from desisky_tune.models.classical import ClassicalModel
 from desisky_tune.search.importance import FEWEST_TRIALS, importances
 from desisky_tune.search.leaderboard import leaderboard
-from desisky_tune.search.space import resolved_dict, rungs
-from desisky_tune.training.metrics import band_metrics
+from desisky_tune.search.space import resolved_dict
+from desisky_tune.visualization import contents
+from desisky_tune.visualization import intervals as of_nights
 from desisky_tune.visualization import moon_map as moon
 from desisky_tune.visualization import search as of_search
 from desisky_tune.visualization import winner as of_winner
@@ -44,8 +45,6 @@ _TEMPLATE = "report.html.j2"
 #: Trials whose learning curves are drawn, and that the first table lists.
 BEST_CURVES = 5
 BEST_ROWS = 10
-#: Rows of the table of all trials; the command `leaderboard --all` lists any number.
-MOST_ROWS = 300
 #: How far the winner's RMSE may lie from the one that the search measured (mag): another
 #: machine rounds float32 otherwise, other weights or rows do not come that close.
 TOLERANCE = 2e-3
@@ -73,15 +72,14 @@ def write_report(run: LoadedRun, out: str | Path | None = None) -> Path:
     StorageError
         When a file cannot be written.
     """
-    if run.winner is None or run.evaluation is None or run.checkpoint is None:
-        raise RunError(
-            f"{run.path}: the search has no winner yet; "
-            f"finish it with 'desisky-tune resume {run.path}'"
-        )
+    _require_winner(run)
+    assert run.evaluation is not None
+    assert run.checkpoint is not None
     folder = Path(out) if out is not None else run.path / "report"
-    data, map_ = _predictions(run)
+    data, map_, classical_map = _predictions(run)
+    intervals = of_nights.model_intervals(run, data)
     panels: dict[str, list[dict[str, str]]] = {}
-    for section, name, caption, draw in _figures(run, data, map_):
+    for section, name, caption, draw in _figures(run, data, (map_, classical_map), intervals):
         svg = save_panel(draw(), folder, name)
         panels.setdefault(section, []).append({"name": name, "caption": caption, "svg": svg})
     content = {
@@ -94,17 +92,20 @@ def write_report(run: LoadedRun, out: str | Path | None = None) -> Path:
         "models": [(name, title) for name, title in MODELS.items() if name in _measured(run)],
         "bands": [(band, band_name(band, data.v_derived)) for band in BANDS],
         "v_derived": data.v_derived,
-        "facts": _facts(run),
-        "space": _space(run),
-        "board": _board(run),
+        "facts": contents.facts(run),
+        "space": contents.space(run),
+        "board": contents.board(run),
         "board_limit": BEST_ROWS,
-        "most_rows": MOST_ROWS,
+        "trial_intervals": of_nights.trial_intervals(run, data, _best(run.records)[:BEST_ROWS]),
+        "intervals": intervals,
+        "draws": of_nights.DRAWS,
+        "most_rows": contents.MOST_ROWS,
         "hyperparameters": of_search.HYPERPARAMETERS,
         "fewest_trials": FEWEST_TRIALS,
-        "rungs": _rungs(run),
-        "eclipse": _eclipse(data, run),
+        "rungs": contents.rung_counts(run),
+        "eclipse": contents.eclipse(data, run),
         "map": map_,
-        "cost": _cost(run),
+        "cost": contents.cost(run),
         "checkpoint": run.checkpoint.relative_to(run.path).as_posix(),
     }
     page = _environment().get_template(_TEMPLATE).render(content)
@@ -113,8 +114,50 @@ def write_report(run: LoadedRun, out: str | Path | None = None) -> Path:
     return folder / PAGE
 
 
-def _predictions(run: LoadedRun) -> tuple[Predictions, moon.MoonMap]:
-    """The winner and the classical model on the validation rows, and the map."""
+def draw_figures(run: LoadedRun, names: Sequence[str] | None = None) -> dict[str, Figure]:
+    """Draw the figures of a run's report.
+
+    Parameters
+    ----------
+    run
+        The run, from `desisky_tune.load_run`.
+    names
+        Which ones, as their files are called; all by default.
+
+    Returns
+    -------
+    dict
+        `matplotlib.figure.Figure` by name, in the page's order.
+
+    Raises
+    ------
+    RunError
+        When the search has no winner yet, or a name is none of a figure.
+    """
+    _require_winner(run)
+    data, map_, classical_map = _predictions(run)
+    drawings = {
+        name: draw
+        for _, name, _, draw in _figures(
+            run, data, (map_, classical_map), of_nights.model_intervals(run, data)
+        )
+    }
+    for name in names or ():
+        if name not in drawings:
+            raise RunError(f"figure {name!r}: the report of {run.path} has {', '.join(drawings)}")
+    return {name: draw() for name, draw in drawings.items() if names is None or name in names}
+
+
+def _require_winner(run: LoadedRun) -> None:
+    if run.winner is None or run.evaluation is None or run.checkpoint is None:
+        raise RunError(
+            f"{run.path}: the search has no winner yet; "
+            f"finish it with 'desisky-tune resume {run.path}'"
+        )
+
+
+def _predictions(run: LoadedRun) -> tuple[Predictions, moon.MoonMap, moon.MoonMap]:
+    """The winner and the classical model on the validation rows, and the map of each."""
     train, validation = run.rows("train"), run.rows("validation")
     predictor = Predictor.load(run.checkpoint)
     by_fold = run.out_of_fold()
@@ -138,12 +181,13 @@ def _predictions(run: LoadedRun) -> tuple[Predictions, moon.MoonMap]:
                 f"{run.path}: the {MODELS[name]} is {away:.4f} mag away from its RMSE in "
                 "evaluation.json; checkpoint, rows and evaluation do not belong together"
             )
-    return data, moon.moon_map(train, predictor.predict)
+    maps = [moon.moon_map(train, predict) for predict in (predictor.predict, classical.predict)]
+    return data, maps[0], maps[1]
 
 
 def _predictions_by_fold(
     run: LoadedRun, predictor: Predictor, rows: pd.DataFrame
-) -> tuple[Predictions, moon.MoonMap]:
+) -> tuple[Predictions, moon.MoonMap, moon.MoonMap]:
     """What the finalists' folds gave: rows that no training had seen.
 
     The checkpoint was fitted to these rows; it has to give the RMSE that it had then.
@@ -165,11 +209,16 @@ def _predictions_by_fold(
         classical=rows[[f"classical_{band}" for band in BANDS]].to_numpy(dtype=float),
         v_derived=bool(run.evaluation["v_derived"]),
     )
-    return data, moon.moon_map(rows, predictor.predict)
+    classical = ClassicalModel.fit(rows, observed)
+    maps = [moon.moon_map(rows, predict) for predict in (predictor.predict, classical.predict)]
+    return data, maps[0], maps[1]
 
 
 def _figures(
-    run: LoadedRun, data: Predictions, map_: moon.MoonMap
+    run: LoadedRun,
+    data: Predictions,
+    maps: tuple[moon.MoonMap, moon.MoonMap],
+    intervals: of_nights.Intervals,
 ) -> Iterator[tuple[str, str, str, Callable[[], Figure]]]:
     """Yield section, name, caption and drawing of each figure, in the page's order."""
     assert run.winner is not None
@@ -181,8 +230,8 @@ def _figures(
 
     yield (
         "comparison", "comparison",
-        "RMSE by band: validation rows (full) and test rows (hollow).",
-        lambda: of_winner.plot_comparison(_measured(run), data.v_derived),
+        "RMSE by band: validation rows (full, with 95 % intervals) and test rows (hollow).",
+        lambda: of_winner.plot_comparison(_measured(run), data.v_derived, intervals),
     )  # fmt: skip
     yield (
         "search", "history",
@@ -195,6 +244,12 @@ def _figures(
             "Complete trials as lines through their hyperparameters: the winner bold, the best "
             "quarter in orange.",
             lambda: of_search.plot_parallel_coordinates(records, space),
+        )  # fmt: skip
+    if len({record.parameters for record in best}) > 1:
+        yield (
+            "search", "pareto",
+            "RMSE against the size of the model; on the front no other trial beats both.",
+            lambda: of_search.plot_pareto(records),
         )  # fmt: skip
     found = importances(run.spec, records)
     if found:
@@ -261,9 +316,9 @@ def _figures(
     for band in BANDS:
         yield (
             "map", f"moon-map-{band}",
-            f"{data.band_name(band)}: predicted brightness around the Moon.",
+            f"{data.band_name(band)}: predicted brightness around the Moon, one scale for both.",
             lambda band=band: moon.plot_moon_map(  # type: ignore[misc]
-                map_, band, data.v_derived
+                {"winner": maps[0], "classical model": maps[1]}, band, data.v_derived
             ),
         )  # fmt: skip
 
@@ -281,125 +336,6 @@ def _best(records: Sequence[TrialRecord]) -> list[TrialRecord]:
     return [by_number[int(number)] for number in numbers]
 
 
-def _board(run: LoadedRun) -> list[dict[str, Any]]:
-    board = leaderboard(run.records).head(MOST_ROWS).astype(object)
-    return [
-        {str(key): None if value != value or value is None else value for key, value in row.items()}
-        for row in board.where(board.notna(), None).to_dict("records")
-    ]
-
-
-def _facts(run: LoadedRun) -> dict[str, Any]:
-    """What was searched, on which data and split."""
-    assert run.evaluation is not None
-    data, split = run.search["data"], run.search["split"]
-    return {
-        "created": str(run.search.get("created", "")).replace("T", " ").replace("+00:00", " UTC"),
-        "source": data.get("source"),
-        "file": Path(str(data.get("path", ""))).name,
-        "subset": data.get("subset"),
-        "eclipse": data.get("eclipse"),
-        "rows_read": data.get("rows_read"),
-        "removed": {k: v for k, v in (data.get("removed") or {}).items() if v},
-        "fingerprint": str(data.get("fingerprint", ""))[:16],
-        "features": [
-            (name, NAMES.get(name, name), UNITS.get(name)) for name in run.spec.data.features
-        ],
-        "split_by": split["by"],
-        "split_seed": split["seed"],
-        "parts": [
-            (part, run.evaluation["rows"][part], run.evaluation["nights"][part])
-            for part in ("train", "validation", "test")
-        ],
-        "versions": run.search.get("versions", {}),
-    }
-
-
-def _space(run: LoadedRun) -> list[tuple[str, str, Any]]:
-    """Each hyperparameter: its name, what was searched, the winner's value."""
-    assert run.winner is not None
-    rows = []
-    for name, entry in resolved_dict(run.spec)["space"].items():
-        if not isinstance(entry, Mapping):
-            text = f"{entry:g} (fixed)"
-        elif "choices" in entry:
-            text = ", ".join(f"{choice:g}" for choice in entry["choices"])
-        else:
-            text = f"{entry['low']:g} to {entry['high']:g}"
-            text += ", logarithmic" if entry.get("log") else ""
-        title = of_search.HYPERPARAMETERS.get(name, name)
-        rows.append((title, text, run.winner.configuration[name]))
-    return rows
-
-
-def _rungs(run: LoadedRun) -> list[dict[str, int]]:
-    """How many trials reached each rung, and how many were stopped there."""
-    pruned = [record for record in run.records if record.state == "PRUNED"]
-    return [
-        {
-            "epochs": at,
-            "reached": sum(record.epochs >= at for record in run.records),
-            "stopped": sum(record.epochs == at for record in pruned),
-        }
-        for at in rungs(run.spec)
-    ]
-
-
-def _eclipse(data: Predictions, run: LoadedRun) -> dict[str, Any]:
-    """The eclipsed validation rows apart from the others."""
-    eclipsed = data.eclipsed
-    result: dict[str, Any] = {
-        "rows": int(eclipsed.sum()),
-        "computed": run.search["data"].get("eclipse") != "none",
-        "parts": {},
-        "exposures": [],
-    }
-    if not eclipsed.any():
-        return result
-    for title, chosen in (("eclipsed", eclipsed), ("not eclipsed", ~eclipsed)):
-        if chosen.any():
-            result["parts"][title] = {
-                name: band_metrics(predicted[chosen], data.observed[chosen])
-                for name, predicted in (("winner", data.winner), ("classical", data.classical))
-            }
-    frame = data.frame
-    for row in np.flatnonzero(eclipsed)[:20]:
-        result["exposures"].append(
-            {
-                "expid": int(frame[EXPOSURE_ID].iloc[row]),
-                "night": int(frame[NIGHT].iloc[row]),
-                "fraction": float(frame["ECLIPSE_FRAC"].iloc[row]),
-                "residuals": (data.winner[row] - data.observed[row]).tolist(),
-            }
-        )
-    return result
-
-
-def _cost(run: LoadedRun) -> dict[str, Any]:
-    records = run.records
-    sessions = list(run.search.get("sessions", []))
-    seconds = sorted(record.seconds for record in records)
-    return {
-        "states": [
-            (
-                state,
-                sum(record.state == state for record in records),
-                sum(record.epochs for record in records if record.state == state),
-                sum(record.seconds for record in records if record.state == state),
-            )
-            for state in ("COMPLETE", "PRUNED", "FAIL")
-        ],
-        "trials": len(records),
-        "planned": run.spec.search.trials,
-        "epochs": sum(record.epochs for record in records),
-        "full_epochs": len(records) * run.spec.training.epochs,
-        "seconds": sum(seconds),
-        "median_seconds": float(np.median(seconds)) if seconds else 0.0,
-        "sessions": max(len(sessions), len(list((run.path / "tune").glob("session-*")))),
-        "wall": sum(float(session["seconds"]) for session in sessions),
-    }
-
-
 def _environment() -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -411,6 +347,8 @@ def _environment() -> Any:
         lstrip_blocks=True,
     )
     environment.filters["mag"] = lambda value: "-" if value is None else f"{value:.4f}"
+    environment.filters["span"] = lambda ends: f"{ends[0]:.3f} to {ends[1]:.3f}"
+    environment.filters["percent"] = lambda value: f"{100 * value:.0f} %"
     environment.filters["short"] = lambda value: "-" if value is None else f"{value:.3g}"
     environment.filters["whole"] = lambda value: "-" if value is None else f"{int(value):,}"
     environment.filters["duration"] = duration

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from desisky_tune.data.columns import BANDS
+from desisky_tune.search.pareto import pareto_front
 from desisky_tune.visualization.panels import INK, panel
 from desisky_tune.visualization.style import BAND_COLOURS, GUIDE, TRAIN
 from desisky_tune.visualization.winner import band_name
@@ -139,6 +140,13 @@ def plot_slice(records: Sequence[TrialRecord], name: str, space: Space) -> Figur
             axes.set_xticks(range(len(places)), [f"{place:g}" for place in places])
         elif space[name].get("log"):
             axes.set_xscale("log")
+            low, high = min(space[name]["low"], *values), max(space[name]["high"], *values)
+            axes.set_xlim(low / (high / low) ** 0.04, high * (high / low) ** 0.04)
+            axes.xaxis.set_major_locator(
+                LogLocator(subs=(1.0,) if high > 50 * low else (1.0, 2.0, 5.0))
+            )
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            _plain_log(axes.xaxis)
         else:
             axes.xaxis.set_major_locator(MaxNLocator(integer=name in ("width", "depth")))
         _trials(axes, records, values)
@@ -231,6 +239,29 @@ def plot_rungs(records: Sequence[TrialRecord]) -> Figure:
             axes.set_xticks(ticks, [str(tick) for tick in ticks])
             axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
         _scale(axes, shown)
+        _legend_above(axes)
+    return figure
+
+
+def plot_pareto(records: Sequence[TrialRecord]) -> Figure:
+    """Draw the RMSE of the complete trials against their number of weights, and the front."""
+    complete = [each for each in records if each.state == "COMPLETE"]
+    front = pareto_front(records)
+    with panel() as figure:
+        axes = figure.subplots()
+        _trials(axes, complete, [record.parameters for record in complete])
+        axes.step(
+            [record.parameters for record in front],
+            [float(record.objective or np.nan) for record in front],
+            where="post", marker="o", markersize=7, markerfacecolor="none",
+            color=BAND_COLOURS["r"], label="Pareto front",
+        )  # fmt: skip
+        axes.set(xlabel="Weights and biases", ylabel=RMSE, xscale="log")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        if max(r.parameters for r in complete) < 20 * min(r.parameters for r in complete):
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        _scale(axes, [r.objective for r in complete if r.objective is not None])
         _legend_above(axes)
     return figure
 

@@ -74,7 +74,11 @@ def band_name(band: str, v_derived: bool) -> str:
     return "V (derived)" if band == "V" and v_derived else band
 
 
-def plot_comparison(figures: Mapping[str, Mapping[str, Any]], v_derived: bool) -> Figure:
+def plot_comparison(
+    figures: Mapping[str, Mapping[str, Any]],
+    v_derived: bool,
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
+) -> Figure:
     """Draw the RMSE by band of each model on validation (full) and test rows (hollow).
 
     Parameters
@@ -83,13 +87,17 @@ def plot_comparison(figures: Mapping[str, Mapping[str, Any]], v_derived: bool) -
         Of an evaluation: model -> part -> band -> RMSE (mag).
     v_derived
         True where V was derived from g and r.
+    intervals
+        Model -> band -> ends (mag) on the validation rows, drawn as bars.
     """
     shown = [(name, title) for name, title in MODELS.items() if name in figures]
     colours = (INK, *(BAND_COLOURS[band] for band in ("g", "V", "r")), GUIDE, BAND_COLOURS["z"])
+    by_model = dict(zip(MODELS, colours, strict=True))
     offsets = np.linspace(-0.27, 0.27, len(shown))
     with panel(3.6) as figure:
         axes = figure.subplots()
-        for (name, title), colour, offset in zip(shown, colours, offsets, strict=False):
+        for (name, title), offset in zip(shown, offsets, strict=True):
+            colour = by_model[name]
             styles: tuple[tuple[str, dict[str, Any]], ...] = (
                 ("validation", {"color": colour, "label": title}),
                 ("test", {"color": "none", "markeredgecolor": colour}),
@@ -97,6 +105,12 @@ def plot_comparison(figures: Mapping[str, Mapping[str, Any]], v_derived: bool) -
             for part, style in styles:
                 values = [figures[name][part][band] for band in BANDS]
                 axes.plot(np.arange(len(BANDS)) + offset, values, "o", markersize=6, **style)
+            for place, band in enumerate(BANDS):
+                if band in (intervals or {}).get(name, {}):
+                    axes.plot(
+                        [place + offset] * 2, (intervals or {})[name][band], color=colour,
+                        linewidth=1, zorder=1.5,
+                    )  # fmt: skip
         axes.plot([], [], "o", color="none", markeredgecolor=INK, label="test rows: hollow")
         axes.set_xticks(range(len(BANDS)), [band_name(band, v_derived) for band in BANDS])
         axes.set(ylabel="RMSE [mag]", xlabel="Band")
@@ -151,9 +165,10 @@ def plot_predictions(data: Predictions, band: str) -> Figure:
 def plot_residuals_against(data: Predictions, feature: str) -> Figure:
     """Draw the residuals of each band against one feature.
 
-    Classical residuals beyond the winner's range are triangles at the edge.
+    Classical residuals beyond the winner's range are triangles at the edge; the winner's
+    of eclipsed rows are diamonds.
     """
-    values = data.frame[feature].to_numpy(dtype=float)
+    values, eclipsed = data.frame[feature].to_numpy(dtype=float), data.eclipsed
 
     def draw(axes: Axes, band: str, winner: np.ndarray, classical: np.ndarray) -> None:
         quick = rasterized(len(values))
@@ -171,6 +186,7 @@ def plot_residuals_against(data: Predictions, feature: str) -> Figure:
             values, winner, s=9, color=BAND_COLOURS[band], alpha=0.85, linewidths=0,
             rasterized=quick,
         )  # fmt: skip
+        axes.scatter(values[eclipsed], winner[eclipsed], s=22, marker="D", color=INK, linewidths=0)
 
     return _four_bands(data, draw, label(feature))
 
@@ -197,11 +213,12 @@ def plot_residuals_by_night(data: Predictions) -> Figure:
                     markersize=4, color=colour, linewidth=1,
                 )  # fmt: skip
             axes.axhline(0, color=INK, linewidth=0.9)
-            axes.set_ylabel(f"{data.band_name(band)} [mag]")
+            axes.set_title(data.band_name(band), pad=2)
         few = len(names) <= _MOST_NAMED_NIGHTS
         step = 1 if few else -(-len(names) // _MOST_NAMED_NIGHTS)
         rows[-1].set_xticks(places[::step], [_date(night) for night in names[::step]], rotation=90)
         rows[-1].set_xlabel("Night")
+        figure.supylabel("Residual [mag]", fontsize=9, color=INK)
     return figure
 
 
