@@ -220,7 +220,7 @@ def test_short_options_stand_for_fields(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert (spec.resources.workers, spec.resources.gpus_per_trial) == (2, 0.5)
     assert spec.search.time_limit == 5400
     assert (spec.data.source, spec.data.subset) == ("my data: [1].csv", "dark")
-    assert (options["runs"], options["name"]) == (tmp_path, "mine")
+    assert (str(options["runs"]), options["name"]) == (str(tmp_path), "mine")
     assert (options["address"], options["dashboard"]) == (None, False)
 
 
