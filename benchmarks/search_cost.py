@@ -151,7 +151,7 @@ def print_costs(what: str, costs: Sequence[tuple[int, dict[str, Any]]]) -> None:
         power = np.log(last["seconds"] / first["seconds"]) / np.log(high / low)
         print(f"Each of the {what} beyond the first {low} costs {1e3 * slope:.3g} ms; ", end="")
         print(f"seconds grow as {what} to the power {power:.2f} over the whole range.")
-    for count, cost in (costs[0], costs[-1]):
+    for count, cost in costs[:: max(1, len(costs) - 1)]:
         most = max(parts, key=lambda name: cost[name])
         share = 100 * cost[most] / cost["seconds"]
         print(f"At {count} {what}: {most} take {share:.0f} % of {cost['seconds']:.1f} s.")
