@@ -87,10 +87,13 @@ class Dispatcher(Roster):
     ----------
     expected
         Trial processes that there will be.
+    rows
+        What engines train on, for those that ask.
     """
 
-    def __init__(self, expected: int) -> None:
+    def __init__(self, expected: int, rows: Any = None) -> None:
         super().__init__(expected)
+        self._rows = rows
         self._engines: list[_Engine] = []
         self._homes: dict[int, int] = {}
         self._over: set[int] = set()
@@ -107,6 +110,10 @@ class Dispatcher(Roster):
         for handle, room in engines:
             self._engines.append(_Engine(handle, room))
             self._watches.append(asyncio.create_task(self._watch(len(self._engines) - 1)))
+
+    async def rows(self) -> Any:
+        """Return what engines train on, as it was given (a reference, not the rows)."""
+        return self._rows
 
     async def started(self, process: str) -> None:
         """Count the process of an engine that has started, or started again."""

@@ -157,10 +157,8 @@ class Engine:
         Trials at a time, each in a thread of its own.
     work
         What is trained.
-    rows
-        Reference to the rows in Ray's object store; None with a `backend`.
     dispatcher
-        Told that this process has started; None for nobody.
+        Told that this process has started, and asked for the rows; None with a `backend`.
     backend
         In place of the device's own, for tests.
     """
@@ -171,14 +169,15 @@ class Engine:
         device: Device,
         slots: int,
         work: Work,
-        rows: Rows | None,
-        dispatcher: Any = None,
+        dispatcher: Any,
         backend: Backend | None = None,
     ) -> None:
         if dispatcher is not None:
             dispatcher.started.remote(f"{name}:{os.getpid()}")
         if backend is None:
-            assert rows is not None
+            import ray
+
+            rows: Rows = ray.get(dispatcher.rows.remote())
             backend = make_backend(device, work, rows.get())
         self._name = name
         self._slots = slots

@@ -218,16 +218,16 @@ class RunningEngines:
 
         self._ray = ray
         here = ray.get_runtime_context().get_node_id()
+        # Held here: an engine that is started again asks for them again.
+        self._rows = Rows(ray.put(arrays))
         self.dispatcher = (
             ray.remote(Dispatcher)
             .options(
                 num_cpus=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
             )
-            .remote(trials)
+            .remote(trials, self._rows)
         )
-        # Held here: an engine that is started again asks for them again.
-        self._rows = Rows(ray.put(arrays))
         self._engines = []
         for plan in plans:
             where = (
@@ -244,7 +244,7 @@ class RunningEngines:
                 runtime_env={"env_vars": engine_environment(plan.device)},
             )
             self._engines.append(
-                actor.remote(plan.name, plan.device, plan.slots, work, self._rows, self.dispatcher)
+                actor.remote(plan.name, plan.device, plan.slots, work, self.dispatcher)
             )
         known = [(engine, plan.room) for engine, plan in zip(self._engines, plans, strict=True)]
         self.dispatcher.add.remote(known)
