@@ -285,6 +285,17 @@ def test_each_gpu_has_an_engine_of_its_own() -> None:
     assert [plan.gpus for plan in planned([BIG], gpus_per_trial=2.0)[0]] == [2, 2]
 
 
+def test_slots_that_were_asked_for_are_filled() -> None:
+    def on_gpus(**asked: Any) -> list[int]:
+        resources = ResourceSpec(gpus_per_trial=0.5, **asked)
+        plans = plan_engines([BIG], resources, lambda event: None, local=True, members=15)
+        return [plan.slots for plan in plans]
+
+    assert on_gpus() == [2] * 4
+    assert on_gpus(slots=480) == [32] * 4
+    assert on_gpus(slots=15) == [2] * 4
+
+
 def test_what_a_cluster_has_not_yet_waits_for_nodes_to_come() -> None:
     plans, notes = planned([HEAD], gpus_per_trial=0.5, workers=5)
     assert [(plan.node, plan.slots) for plan in plans] == [(None, 2), (None, 2), (None, 1)]

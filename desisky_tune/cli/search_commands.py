@@ -65,11 +65,17 @@ def search(
         typer.Option("--seed", metavar="N", help="Of the sampler and of the training."),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", metavar="N", help="Trials at a time.")
+        int | None, typer.Option("--workers", metavar="N", help="Trials trained at a time.")
     ] = None,
     gpus: Annotated[
         float | None,
         typer.Option("--gpus", metavar="F", help="GPUs per trial; a fraction shares one."),
+    ] = None,
+    slots: Annotated[
+        int | None,
+        typer.Option(
+            "--slots", metavar="N", help="Trainings side by side on a GPU. Default: calibrated."
+        ),
     ] = None,
     time_limit: Annotated[
         str | None,
@@ -94,6 +100,7 @@ def search(
         "training.seed": seed,
         "resources.workers": workers,
         "resources.gpus_per_trial": gpus,
+        "resources.slots": slots,
         "search.time_limit": time_limit,
     }
     # JSON is YAML: a path or a time arrives as the text that was given.

@@ -229,6 +229,7 @@ def death_of(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    # What its constructor raised stands in the last line; the kind of death in the first.
-    last = lines[-1]
-    return (last if "Error: " in last else lines[0])[:500]
+    # What its constructor raised stands in the last line that names an error; the kind of
+    # death in the first line.
+    named = [line for line in lines if "Error: " in line]
+    return (named[-1] if named else lines[0])[:500]

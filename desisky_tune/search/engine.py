@@ -46,6 +46,8 @@ class Work:
         Further keys for the header of each checkpoint.
     trainings
         Trainings of one shape that a GPU may have under way at a time; None for any number.
+    slots
+        Trainings side by side in a program of a GPU; None for a calibration.
     """
 
     run: str
@@ -53,6 +55,21 @@ class Work:
     folder: Path
     header: Mapping[str, Any]
     trainings: int | None = None
+    slots: int | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows in Ray's object store, without a copy: whoever made them keeps them there."""
+
+    reference: Any
+
+    def get(self) -> SearchArrays:
+        """Return them."""
+        import ray
+
+        found: SearchArrays = ray.get(self.reference)
+        return found
 
 
 def make_backend(device: Device, work: Work, arrays: SearchArrays) -> Backend:
@@ -65,7 +82,14 @@ def make_backend(device: Device, work: Work, arrays: SearchArrays) -> Backend:
     if device == "gpu":
         from desisky_tune.search.slot_backend import SlotBackend
 
-        return SlotBackend(arrays, work.training, work.folder, work.header, expected=work.trainings)
+        return SlotBackend(
+            arrays,
+            work.training,
+            work.folder,
+            work.header,
+            slots=work.slots,
+            expected=work.trainings,
+        )
     from desisky_tune.search.local import LocalBackend
 
     return LocalBackend(arrays, work.training, work.folder, work.header)
@@ -128,8 +152,8 @@ class Engine:
         Trials at a time, each in a thread of its own.
     work
         What is trained.
-    arrays
-        The rows.
+    rows
+        Reference to the rows in Ray's object store; None with a `backend`.
     dispatcher
         Told that this process has started; None for nobody.
     backend
@@ -142,15 +166,15 @@ class Engine:
         device: Device,
         slots: int,
         work: Work,
-        arrays: SearchArrays | None,
+        rows: Rows | None,
         dispatcher: Any = None,
         backend: Backend | None = None,
     ) -> None:
         if dispatcher is not None:
             dispatcher.started.remote(f"{name}:{os.getpid()}")
         if backend is None:
-            assert arrays is not None
-            backend = make_backend(device, work, arrays)
+            assert rows is not None
+            backend = make_backend(device, work, rows.get())
         self._name = name
         self._slots = slots
         self._work = work

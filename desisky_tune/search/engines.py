@@ -13,7 +13,7 @@ from ray.tune import Callback
 
 from desisky_tune.errors import RunError
 from desisky_tune.search.dispatch import Dispatcher
-from desisky_tune.search.engine import Device, Engine, Work
+from desisky_tune.search.engine import Device, Engine, Rows, Work
 from desisky_tune.search.events import EnginesReported, EventSink, Note
 from desisky_tune.search.figures import EngineFigures, SessionFigures, added
 from desisky_tune.search.local import process_environment
@@ -27,6 +27,9 @@ TRIAL_CPUS = 0.01
 
 #: Trials at an engine beyond its slots: one that waits is taken up the moment a slot is free.
 SPARE = 2
+
+#: Trials in flight on one GPU at most, each with a light process of its own.
+MOST_PER_GPU = 64
 
 #: How often an engine's process may die before it is given up: often, because a trial that
 #: kills it is found out much earlier (`desisky_tune.search.engine_client`).
@@ -98,7 +101,12 @@ def nodes_of(ray: Any) -> list[Node]:
 
 
 def plan_engines(
-    nodes: Sequence[Node], asked: ResourceSpec, emit: EventSink, *, local: bool
+    nodes: Sequence[Node],
+    asked: ResourceSpec,
+    emit: EventSink,
+    *,
+    local: bool,
+    members: int = 1,
 ) -> list[EnginePlan]:
     """Return the engines of a search: one per node for the CPUs, or one per GPU.
 
@@ -112,6 +120,8 @@ def plan_engines(
         Told where less is there than was asked for.
     local
         Whether Ray lives in this process: what it has not now it will never have.
+    members
+        Trainings of each trial.
 
     Raises
     ------
@@ -119,7 +129,8 @@ def plan_engines(
         When not one trial fits, and nothing can come that it would fit on.
     """
     device: Device = "gpu" if asked.gpus_per_trial else "cpu"
-    places = [place for node in nodes for place in _places(node, asked)]
+    per_gpu = _per_gpu(asked, members)
+    places = [place for node in nodes for place in _places(node, asked, per_gpu)]
     room = sum(slots for _, slots in places)
     have = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     needs = (
@@ -137,9 +148,7 @@ def plan_engines(
     ]
     if wanted > room and not local:
         # Ray's autoscaler sees what waits for room, and starts nodes for it.
-        usual = max(
-            (slots for _, slots in places), default=_per_gpu(asked) if device == "gpu" else 1
-        )
+        usual = max((slots for _, slots in places), default=max(1, per_gpu))
         missing = wanted - room
         whole, rest = divmod(missing, usual)
         chosen += [(None, usual)] * whole + [(None, rest)] * bool(rest)
@@ -151,19 +160,22 @@ def plan_engines(
     ]
 
 
-def _per_gpu(asked: ResourceSpec) -> int:
-    """Trials at a time on one GPU."""
-    return max(1, math.floor(1 / asked.gpus_per_trial + 1e-9))
+def _per_gpu(asked: ResourceSpec, members: int) -> int:
+    """Trials at a time on one GPU; 0 where none is asked for."""
+    if not asked.gpus_per_trial:
+        return 0
+    fill = min(MOST_PER_GPU, (asked.slots or 0) // members)
+    return max(1, math.floor(1 / asked.gpus_per_trial + 1e-9), fill)
 
 
-def _places(node: Node, asked: ResourceSpec) -> list[tuple[Node, int]]:
+def _places(node: Node, asked: ResourceSpec, per_gpu: int) -> list[tuple[Node, int]]:
     """Return the engines that a node has room for: the node and the slots of each."""
     if not asked.gpus_per_trial:
         slots = math.floor(node.cpus / asked.cpus_per_trial + 1e-9)
         return [(node, slots)] if slots else []
     engines = math.floor(node.gpus / max(1.0, asked.gpus_per_trial))
     engines = min(engines, math.floor(node.cpus / asked.cpus_per_trial + 1e-9))
-    return [(node, _per_gpu(asked))] * engines
+    return [(node, per_gpu)] * engines
 
 
 def _spread(wanted: int, slots: Sequence[int]) -> list[int]:
@@ -211,7 +223,8 @@ class RunningEngines:
             )
             .remote(trials)
         )
-        rows = ray.put(arrays)
+        # Held here: an engine that is started again asks for them again.
+        self._rows = Rows(ray.put(arrays))
         self._engines = []
         for plan in plans:
             where = (
@@ -228,7 +241,7 @@ class RunningEngines:
                 runtime_env={"env_vars": engine_environment(plan.device)},
             )
             self._engines.append(
-                actor.remote(plan.name, plan.device, plan.slots, work, rows, self.dispatcher)
+                actor.remote(plan.name, plan.device, plan.slots, work, self._rows, self.dispatcher)
             )
         known = [(engine, plan.room) for engine, plan in zip(self._engines, plans, strict=True)]
         self.dispatcher.add.remote(known)

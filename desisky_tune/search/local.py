@@ -278,7 +278,7 @@ class LocalBackend:
 
         # Two threads that asked at once would get two programs. The first one ever may compile
         # the native core.
-        with self._lock, self.meter.spending("compiling"):
+        with self.meter.spending("compiling"), self._lock:
             return program_for(
                 in_size=len(self._features),
                 out_size=len(BANDS),
@@ -298,10 +298,11 @@ class LocalBackend:
         shapes = tuple(part.shape for part in arrays)
         with self._lock:
             compiled = self._compiled.setdefault(program, {}).setdefault(shapes, _Compiled())
-        with compiled.lock:
+        if compiled.done:
+            return
+        with self.meter.spending("compiling"), compiled.lock:
             if not compiled.done:
-                with self.meter.spending("compiling"):
-                    prepare(arrays)
+                prepare(arrays)
                 compiled.done = True
 
 

@@ -132,7 +132,8 @@ def _run_session(
     spec, folder = run.spec, run.folder
     known = Ledger(folder.ledger).records()
     remaining = remaining_trials(spec.search.trials, known)
-    plans = plan_engines(nodes_of(ray), spec.resources, emit, local=local)
+    members = max(1, len(search_members(spec)))
+    plans = plan_engines(nodes_of(ray), spec.resources, emit, local=local, members=members)
     in_flight = min(sum(plan.room for plan in plans), remaining)
     if first:
         emit(
@@ -157,11 +158,12 @@ def _run_session(
         emit=emit,
     )
     work = Work(
-        folder.name,
-        spec.training,
-        folder.trials,
-        checkpoint_header(run),
-        expected_trainings(spec, in_flight),
+        run=folder.name,
+        training=spec.training,
+        folder=folder.trials,
+        header=checkpoint_header(run),
+        slots=spec.resources.slots,
+        trainings=expected_trainings(spec, in_flight),
     )
     with running_engines(ray, plans, work, search_arrays(run), in_flight) as engines:
         _fit(run, recorder, known, engines, in_flight, deadline, ray=ray, emit=emit)

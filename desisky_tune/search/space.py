@@ -199,13 +199,31 @@ class EvaluationSpec(_Section):
 
 
 class ResourceSpec(_Section):
-    """What a trial may use, and how many run at a time (None: what the machine holds)."""
+    """What a trial may use, and how many are trained at a time.
+
+    Attributes
+    ----------
+    workers
+        Trials trained at a time, by all engines together; None for what the machine or the
+        cluster holds. With 1 there is one trial in flight, and every sampler repeats itself.
+    cpus_per_trial
+        CPUs that are reserved for each.
+    gpus_per_trial
+        0 trains on CPUs, anything else on GPUs: of a fraction as many trials at a time on
+        each as it allows.
+    slots
+        Trainings side by side in a program on a GPU; None for what a calibration finds. At
+        least so many trials are in flight on each GPU that they can fill them.
+    """
 
     workers: Annotated[Annotated[Whole, Field(ge=1, le=10_000)] | None, BeforeValidator(_auto)] = (
         None
     )
     cpus_per_trial: Annotated[Real, Field(gt=0)] = 1.0
     gpus_per_trial: Annotated[Real, Field(ge=0)] = 0.0
+    slots: Annotated[Annotated[Whole, Field(ge=1, le=100_000)] | None, BeforeValidator(_auto)] = (
+        None
+    )
 
     @field_validator("gpus_per_trial")
     @classmethod
