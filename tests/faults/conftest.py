@@ -11,6 +11,13 @@ from desisky_tune.search.records import TrialRecord
 from desisky_tune.search.run import run_search
 
 
+@pytest.fixture
+def long_form(kills: int) -> None:
+    """Minutes of waiting for processes to be given up: with ``--kills`` above the default."""
+    if kills <= 3:
+        pytest.skip("long form: pytest tests/faults --kills 20")
+
+
 @pytest.fixture(scope="session")
 def address(ray_instance: Any) -> str:
     """Of the test session's Ray: a search that joins it need not start one."""

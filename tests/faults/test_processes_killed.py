@@ -24,7 +24,7 @@ def trial_processes() -> list[psutil.Process]:
 
 
 def test_trials_whose_process_is_killed_go_on(
-    ray_instance: Any, tmp_path: Path, undisturbed: list[TrialRecord]
+    long_form: None, ray_instance: Any, tmp_path: Path, undisturbed: list[TrialRecord]
 ) -> None:
     moment = random.Random(7)
     due = [moment.randrange(1, 4), moment.randrange(5, 9), moment.randrange(10, 14)]

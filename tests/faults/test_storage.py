@@ -48,6 +48,7 @@ class Outage:
 
 
 def test_a_search_waits_for_storage_and_ends_only_when_it_does_not_come_back(
+    long_form: None,
     ray_instance: Any,
     tmp_path: Path,
     undisturbed: list[TrialRecord],
