@@ -216,7 +216,7 @@ class RunningEngines:
         self._ray = ray
         here = ray.get_runtime_context().get_node_id()
         # Held here: an engine that is started again asks for them again.
-        self._rows = Rows(ray.put(arrays))
+        self._rows = Rows(ray.put((work, arrays)))
         self.dispatcher = (
             ray.remote(Dispatcher)
             .options(
@@ -241,7 +241,7 @@ class RunningEngines:
                 runtime_env={"env_vars": engine_environment(plan.device)},
             )
             self._engines.append(
-                actor.remote(plan.name, plan.device, plan.slots, work, self.dispatcher)
+                actor.remote(plan.name, plan.device, plan.slots, work.run, self.dispatcher)
             )
         known = [(engine, plan.room) for engine, plan in zip(self._engines, plans, strict=True)]
         self.dispatcher.add.remote(known)
