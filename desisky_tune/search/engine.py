@@ -142,8 +142,8 @@ class Engine:
     run
         Name of the run, for metrics.
     dispatcher
-        Told that this process has started, and asked for what is trained on which rows; None
-        with a `backend`.
+        Its name among Ray's actors. Told that this process has started, and asked for what
+        is trained on which rows; None with a `backend`.
     backend
         In place of the device's own, for tests.
     """
@@ -154,15 +154,17 @@ class Engine:
         device: Device,
         slots: int,
         run: str,
-        dispatcher: Any,
+        dispatcher: str | None,
         backend: Backend | None = None,
     ) -> None:
         if dispatcher is not None:
-            dispatcher.started.remote(f"{name}:{os.getpid()}")
-        if backend is None:
             import ray
 
-            rows: Rows = ray.get(dispatcher.rows.remote())
+            # By its name: a handle among the arguments makes Ray warn at each start.
+            desk = ray.get_actor(dispatcher)
+            desk.started.remote(f"{name}:{os.getpid()}")
+        if backend is None:
+            rows: Rows = ray.get(desk.rows.remote())
             backend = make_backend(device, *rows.get())
         self._name = name
         self._slots = slots
