@@ -161,11 +161,11 @@ class Engine:
             import ray
 
             # By its name: a handle among the arguments makes Ray warn at each start.
-            desk = ray.get_actor(dispatcher)
+            desk: Any = ray.get_actor(dispatcher)
             desk.started.remote(f"{name}:{os.getpid()}")
-        if backend is None:
-            rows: Rows = ray.get(desk.rows.remote())
-            backend = make_backend(device, *rows.get())
+            if backend is None:
+                backend = make_backend(device, *ray.get(desk.rows.remote()).get())
+        assert backend is not None
         self._name = name
         self._slots = slots
         self._run = run
