@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +11,11 @@ import pytest
 from desisky_tune.errors import EngineError, RunError, StorageError
 from desisky_tune.search.backend import Assignment, Progress
 from desisky_tune.search.dispatch import Dispatcher
-from desisky_tune.search.engine import Engine, Gate, Work
+from desisky_tune.search.engine import Engine, Gate
 from desisky_tune.search.engines import Node, plan_engines
 from desisky_tune.search.events import Event, Note
 from desisky_tune.search.figures import EngineFigures, Meter, added
-from desisky_tune.search.space import ResourceSpec, TrainingSpec
-
-WORK = Work("run", TrainingSpec(), Path("nowhere"), {})
+from desisky_tune.search.space import ResourceSpec
 
 
 def at(number: int) -> Assignment:
@@ -57,7 +54,7 @@ class Scripted:
 
 
 def engine(backend: Any, slots: int = 2) -> Engine:
-    return Engine("cpu-0", "cpu", slots, WORK, None, backend=backend)
+    return Engine("cpu-0", "cpu", slots, "run", None, backend=backend)
 
 
 def test_a_trial_that_is_not_known_is_refused_until_it_registers() -> None:

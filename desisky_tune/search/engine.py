@@ -64,15 +64,18 @@ class Work:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows in Ray's object store, without a copy: whoever made them keeps them there."""
+    """What is trained and the rows, in Ray's object store: whoever put them keeps them there.
+
+    They are no arguments of an engine: Ray would not keep large ones for its next start.
+    """
 
     reference: Any
 
-    def get(self) -> SearchArrays:
-        """Return them."""
+    def get(self) -> tuple[Work, SearchArrays]:
+        """Return both; the rows are not copied."""
         import ray
 
-        found: SearchArrays = ray.get(self.reference)
+        found: tuple[Work, SearchArrays] = ray.get(self.reference)
         return found
 
 
@@ -155,10 +158,11 @@ class Engine:
         ``cpu`` or ``gpu``.
     slots
         Trials at a time, each in a thread of its own.
-    work
-        What is trained.
+    run
+        Name of the run, for metrics.
     dispatcher
-        Told that this process has started, and asked for the rows; None with a `backend`.
+        Its name among Ray's actors. Told that this process has started, and asked for what
+        is trained on which rows; None with a `backend`.
     backend
         In place of the device's own, for tests.
     """
@@ -168,20 +172,22 @@ class Engine:
         name: str,
         device: Device,
         slots: int,
-        work: Work,
-        dispatcher: Any,
+        run: str,
+        dispatcher: str | None,
         backend: Backend | None = None,
     ) -> None:
         if dispatcher is not None:
-            dispatcher.started.remote(f"{name}:{os.getpid()}")
-        if backend is None:
             import ray
 
-            rows: Rows = ray.get(dispatcher.rows.remote())
-            backend = make_backend(device, work, rows.get())
+            # By its name: a handle among the arguments makes Ray warn at each start.
+            desk: Any = ray.get_actor(dispatcher)
+            desk.started.remote(f"{name}:{os.getpid()}")
+            if backend is None:
+                backend = make_backend(device, *ray.get(desk.rows.remote()).get())
+        assert backend is not None
         self._name = name
         self._slots = slots
-        self._work = work
+        self._run = run
         self._backend = backend
         self._meter: Meter = getattr(backend, "meter", None) or Meter()
         self._lanes = int(getattr(backend, "lanes", slots))
@@ -293,7 +299,7 @@ class Engine:
     async def _tell_metrics(self) -> None:
         from desisky_tune.search.engine_metrics import EngineMetrics
 
-        metrics = EngineMetrics(self._work.run, self._name)
+        metrics = EngineMetrics(self._run, self._name)
         while True:
             metrics.tell(await self.figures())
             await asyncio.sleep(METRICS_PERIOD)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -219,11 +220,13 @@ class RunningEngines:
         self._ray = ray
         here = ray.get_runtime_context().get_node_id()
         # Held here: an engine that is started again asks for them again.
-        self._rows = Rows(ray.put(arrays))
+        self._rows = Rows(ray.put((work, arrays)))
+        name = f"desisky-tune-{work.run}-{secrets.token_hex(4)}"
         self.dispatcher = (
             ray.remote(Dispatcher)
             .options(
                 num_cpus=0,
+                name=name,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
             )
             .remote(trials, self._rows)
@@ -243,9 +246,7 @@ class RunningEngines:
                 scheduling_strategy=where,
                 runtime_env={"env_vars": engine_environment(plan.device)},
             )
-            self._engines.append(
-                actor.remote(plan.name, plan.device, plan.slots, work, self.dispatcher)
-            )
+            self._engines.append(actor.remote(plan.name, plan.device, plan.slots, work.run, name))
         known = [(engine, plan.room) for engine, plan in zip(self._engines, plans, strict=True)]
         self.dispatcher.add.remote(known)
 
