@@ -80,7 +80,7 @@ INLINE vec root_of(vec x) {
 
 static int64_t round_up(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 /* Rows from one panel to the next, of weights and of units: an odd number, so that panels do not
-   fall on the same lines of the cache (8 % at width 128). */
+   fall on the same lines of the cache (3 to 8 % at width 128). */
 static int64_t weight_pitch(int64_t rows) { return rows | 1; }
 static int64_t unit_pitch(int64_t rows) { return round_up(rows) + 1; }
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
