@@ -1,8 +1,8 @@
 """The main job, and the table that it ends with: SV1 exposures, split by night.
 
-Prints, in Markdown, the RMSE of the winner, of the documented default trained alike, of
-the classical model and of the constant, on validation and test rows, for one search or
-for several seeds of the split:
+Prints, in Markdown, the RMSE of the winner, of the documented default trained alike, of the
+ensemble, the classical model and the constant, on the finalists' folds (or the validation rows,
+without finalists) and the test rows, for one search or for several seeds of the split:
 
     python benchmarks/sv1_search.py
     python benchmarks/sv1_search.py --split-seeds 0 1 2 3 4
@@ -27,6 +27,7 @@ from desisky_tune.search.space import load_spec
 LABELS = {
     "winner": "winner",
     "default": "documented default",
+    "ensemble": "ensemble of the finalists",
     "classical": "classical model",
     "constant": "constant",
 }
@@ -77,7 +78,8 @@ def summary(seed: int, result: Any, seconds: float) -> str:
             if figures is not None:
                 columns = (*BANDS, "mean", "mean_grz")
                 values = " | ".join(f"{figures[part][column]:.3f}" for column in columns)
-                lines.append(f"| {label} | {part} | {values} |")
+                where = evaluation["validated_on"] if part == "validation" else part
+                lines.append(f"| {label} | {where} | {values} |")
     return "\n".join(lines)
 
 
@@ -86,10 +88,12 @@ def across_splits(evaluations: list[dict[str, Any]]) -> str:
     lines = [
         f"Mean (standard deviation) over {len(evaluations)} splits of the mean RMSE in g r z, mag:",
         "",
-        "| | validation | test | test - validation |",
+        f"| | {evaluations[0]['validated_on']} | test | test - {evaluations[0]['validated_on']} |",
         "|---|---|---|---|",
     ]
     for name, label in LABELS.items():
+        if name not in evaluations[0]["figures"]:
+            continue
         parts = {
             part: [each["figures"][name][part]["mean_grz"] for each in evaluations]
             for part in ("validation", "test")

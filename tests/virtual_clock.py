@@ -148,6 +148,8 @@ class VirtualSearch:
         self.spec = spec
         self.folder = RunFolder(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        # A run's folder without it is taken for a mount point without its file system.
+        self.folder.search_json.touch()
         self.workers = workers
         self.backend = backend or FakeBackend()
         self.max_deaths = max_deaths

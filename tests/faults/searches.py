@@ -109,10 +109,10 @@ class Command:
     def send(self, number: int) -> None:
         os.kill(self.process.pid, number)
 
-    def ends(self) -> int:
+    def ends(self, patience: float = PATIENCE) -> int:
         """Wait for the end; return the exit code."""
         try:
-            code = self.process.wait(PATIENCE)
+            code = self.process.wait(patience)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
