@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from desisky_tune.data.columns import BANDS, NIGHT, TARGETS
+from desisky_tune.data.columns import BANDS, NIGHT
 from desisky_tune.errors import CheckpointError, MissingFileError
 from desisky_tune.inference import Predictor
 from desisky_tune.inference.bootstrap import DRAWS, interval, night_weights, resampled_rmse
-from desisky_tune.models.classical import ConstantModel
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.local import checkpoint_path
 
@@ -56,20 +55,16 @@ def rmse_intervals(predicted: np.ndarray, observed: np.ndarray, nights: np.ndarr
     }
 
 
-def model_intervals(run: LoadedRun, data: Predictions) -> Intervals:
-    """Return the intervals of the winner and the baselines on the validation rows."""
-    train = run.rows("train")
-    constant = ConstantModel.fit(train, train[list(TARGETS)].to_numpy(dtype=float))
-    predicted = {
-        "winner": data.winner,
-        "classical": data.classical,
-        "constant": np.asarray(constant.predict(data.frame)),
+def model_intervals(run: LoadedRun) -> Intervals:
+    """Return the intervals of the winner and the baselines on the rows that they were chosen on.
+
+    They are those that were measured with the figures; an older evaluation has none.
+    """
+    known = (run.evaluation or {}).get("intervals", {})
+    return {
+        name: {key: (low, high) for key, (low, high) in parts["validation"].items()}
+        for name, parts in known.items()
     }
-    default = _predict(RunFolder(run.path).trials / "default.eqx", data)
-    if default is not None:
-        predicted["default"] = default
-    nights = data.frame[NIGHT].to_numpy()
-    return {name: rmse_intervals(each, data.observed, nights) for name, each in predicted.items()}
 
 
 def trial_intervals(

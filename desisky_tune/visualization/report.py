@@ -77,7 +77,7 @@ def write_report(run: LoadedRun, out: str | Path | None = None) -> Path:
     assert run.checkpoint is not None
     folder = Path(out) if out is not None else run.path / "report"
     data, map_, classical_map = _predictions(run)
-    intervals = of_nights.model_intervals(run, data)
+    intervals = of_nights.model_intervals(run)
     panels: dict[str, list[dict[str, str]]] = {}
     for section, name, caption, draw in _figures(run, data, (map_, classical_map), intervals):
         svg = save_panel(draw(), folder, name)
@@ -139,7 +139,7 @@ def draw_figures(run: LoadedRun, names: Sequence[str] | None = None) -> dict[str
     drawings = {
         name: draw
         for _, name, _, draw in _figures(
-            run, data, (map_, classical_map), of_nights.model_intervals(run, data)
+            run, data, (map_, classical_map), of_nights.model_intervals(run)
         )
     }
     for name in names or ():
