@@ -36,6 +36,7 @@ SPEC = load_spec(
         "search.sampler=random",
         "search.scheduler=none",
         "search.default_first=false",
+        "evaluation.finalists=0",
         "resources.workers=2",
         "space.width={choices: [8, 16]}",
         "space.depth={low: 1, high: 2}",

@@ -27,6 +27,7 @@ from desisky_tune.search.space import SearchSpec, load_spec
 
 SMALL = (
     "search.default_first=false",
+    "evaluation.finalists=0",
     "search.trials=8",
     "search.grace=300",
     "search.reduction=3",
