@@ -263,13 +263,13 @@ class Dispatcher(Roster):
 
     async def _watch(self, at: int) -> None:
         """Open an engine to trials when it has started."""
-        from ray.exceptions import ActorDiedError, RayActorError
+        from ray.exceptions import ActorDiedError, ActorUnschedulableError, RayActorError
 
         engine = self._engines[at]
         while True:
             try:
                 await engine.handle.ready.remote()
-            except ActorDiedError as error:
+            except (ActorDiedError, ActorUnschedulableError) as error:
                 await self.lost(at, death_of(error))
                 return
             except RayActorError:

@@ -53,7 +53,7 @@ class EngineBackend:
         OSError
             When the engine cannot write the trial's files.
         """
-        from ray.exceptions import ActorDiedError, RayActorError
+        from ray.exceptions import ActorDiedError, ActorUnschedulableError, RayActorError
 
         if self._number != trial.number:
             self._number, self._engine = trial.number, None
@@ -76,7 +76,7 @@ class EngineBackend:
                             continue
                         return self._reached(progress)
                 self._ask("register", trial)
-            except RayActorError as error:
+            except (RayActorError, ActorUnschedulableError) as error:
                 self._deaths += alone
                 if alone and self._goes_elsewhere(death_of(error)):
                     continue
@@ -89,7 +89,8 @@ class EngineBackend:
                         self._epochs,
                     )
                 self._suspect = True
-                if isinstance(error, ActorDiedError):
+                # A node that has gone takes its engine along: it cannot be started again.
+                if isinstance(error, ActorDiedError | ActorUnschedulableError):
                     self._call(self._dispatcher.lost.remote(self._home, death_of(error)))
                     self._engine = None
                 else:
