@@ -38,6 +38,7 @@ TRIVIAL = (
     "search.sampler=random",
     "search.scheduler=none",
     "search.default_first=false",
+    "evaluation.finalists=0",
 )
 ON_MANY_ROWS = (*TRIVIAL, "space.width=64", "space.batch_size=1024")
 FEW_ROWS = 200

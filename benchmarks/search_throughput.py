@@ -112,6 +112,7 @@ def spec_of(options: argparse.Namespace, scratch: Path) -> Any:
         f"data.source={scratch / 'moon.parquet'}",
         f"search.trials={options.trials}",
         f"resources.workers={options.cores}",
+        "evaluation.finalists=0",
     )
     return load_spec(options.space, (*own, *options.set))
 

@@ -60,6 +60,8 @@ class StudySearch(OptunaSearch):
         self._reports: dict[int, dict[int, float]] = {}
         self._ids: dict[int, int] = {}
         self._waiting: list[tuple[int, dict[str, Any]]] = []
+        self._gaps: list[int] | None = None
+        self._end = 0
         self._store = open_storage(self.path)
         super().__init__(
             space=spec.suggest,
@@ -182,10 +184,18 @@ class StudySearch(OptunaSearch):
         close_storage(self._store)
 
     def _next_number(self) -> int:
-        """The number of the next new trial: a gap that was left in the study, or its end."""
-        trials = self.study.get_trials(deepcopy=False)
-        gaps = [trial.number for trial in trials if trial.state == TrialState.WAITING]
-        return min(gaps, default=len(trials))
+        """The number of the next new trial: a gap that was left in the study, or its end.
+
+        The study is read once: nobody else hands out its numbers.
+        """
+        if self._gaps is None:
+            trials = self.study.get_trials(deepcopy=False)
+            self._gaps = [trial.number for trial in trials if trial.state == TrialState.WAITING]
+            self._end = len(trials)
+        if self._gaps:
+            return self._gaps.pop(0)
+        self._end += 1
+        return self._end - 1
 
     def _new(self, number: int) -> dict[str, Any]:
         first = self.spec.first_configurations()
