@@ -21,6 +21,7 @@ SECRETS = {
 SMALL = (
     "search.default_first=false",
     "search.trials=2",
+    "evaluation.finalists=0",
     "search.grace=5",
     "training.epochs=10",
     "resources.workers=1",
