@@ -6,8 +6,8 @@
 Searches with random sampling and no early stopping run as commands of their own. At seeded
 random moments their driver is killed (SIGKILL), or stopped (SIGTERM), or a process of theirs is
 killed, until they are done; then each is held against one that nothing happened to: the same
-trials, each once, every number the same to the last bit. Prints a line per search, and what was
-lost in all. The exit code is 1 where anything was.
+trials and finalists, each once, every number the same to the last bit. Prints a line per search,
+and what was lost in all. The exit code is 1 where anything was.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ OVERRIDES = (
     "space.width={choices: [16, 32]}",
     "space.depth={low: 1, high: 2}",
     "space.batch_size=32",
+    "evaluation.finalists=3",
+    "evaluation.finalist_folds=2",
+    "evaluation.finalist_seeds=1",
 )
 
 #: What a trial's record holds that differs from run to run.
@@ -147,16 +150,19 @@ def named(process: psutil.Process) -> str:
         return ""
 
 
-def records_of(run: Path) -> dict[int, dict[str, Any]]:
-    """Return what each trial of a run has measured, by number."""
-    records = Ledger(RunFolder.open(run).ledger).records()
+def records_of(run: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """Return what each trial and each finalist of a run has measured, by number."""
+    folder = RunFolder.open(run)
     return {
-        record.number: {name: value for name, value in vars(record).items() if name not in TIMES}
-        for record in records
+        (stage.stem, record.number): {
+            name: value for name, value in vars(record).items() if name not in TIMES
+        }
+        for stage in (folder.ledger, folder.finalists)
+        for record in Ledger(stage).records()
     }
 
 
-def compare(found: dict[int, Any], expected: dict[int, Any]) -> Counter[str]:
+def compare(found: dict[Any, Any], expected: dict[Any, Any]) -> Counter[str]:
     """Count what is missing, too much, or other than it should be."""
     return +Counter(
         {

@@ -29,7 +29,7 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    "--host-resolver-rules=MAP * ~NOTFOUND",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
     "--remote-debugging-pipe",
 )
 #: Seconds that an answer may take on a machine that does other things as well.
@@ -100,8 +100,8 @@ class Browser:
         os.close(self._write)
         os.close(self._read)
 
-    def open(self, page: Path, width: int, height: int = 900, scheme: str = "light") -> None:
-        """Load a file as a screen of `width` CSS pixels shows it, ``light`` or ``dark``."""
+    def open(self, page: Path | str, width: int, height: int = 900, scheme: str = "light") -> None:
+        """Load a file, or a URL, as a screen of `width` CSS pixels shows it, light or dark."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -112,7 +112,7 @@ class Browser:
         feature = {"name": "prefers-color-scheme", "value": scheme}
         self.call("Emulation.setEmulatedMedia", features=[feature])
         self._events.clear()
-        self.call("Page.navigate", url=page.absolute().as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.absolute().as_uri())
         self._await_event("Page.loadEventFired")
 
     def value_of(self, expression: str) -> Any:
@@ -122,6 +122,14 @@ class Browser:
         )
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
+
+    def await_text(self, text: str) -> None:
+        """Wait until the page shows a text."""
+        looking = f"document.body.innerText.includes({json.dumps(text)})"
+        end = time.monotonic() + PATIENCE
+        while not self.value_of(looking):
+            assert time.monotonic() < end, self.value_of("document.body.innerText")
+            time.sleep(0.1)
 
     def screenshot(self, path: Path, height: int | None = None, top: int = 0) -> None:
         """Write the page as a PNG, from `top` on, `height` pixels of it or all."""

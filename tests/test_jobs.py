@@ -24,6 +24,7 @@ from typing import Any
 import pandas as pd
 import psutil
 import pytest
+from headless import Browser, find_browser
 
 from desisky_tune.cli import main
 from desisky_tune.cli.parcel import main as print_parcel
@@ -527,14 +528,43 @@ def test_what_is_over_or_unknown_cannot_be_stopped(head: Head) -> None:
     assert "has no job 'nobody'; it has" in unknown.stderr
 
 
-def test_a_running_search_is_stopped(head: Head, submitted: dict[str, Any]) -> None:
+@pytest.fixture(scope="module")
+def running(head: Head, submitted: dict[str, Any]) -> str:
+    """The job of a search that would go on for hours."""
     started = head.command(
         "submit", "quick", "--name", "long", "--runs", str(submitted["runs"]), "--set",
         "training.epochs=100000",
     )  # fmt: skip
     assert started.returncode == 0, started.stderr
     assert f"run: long in {submitted['runs']} on the cluster" in started.stdout
-    assert f"dashboard: {head.address}/#/jobs/raysubmit_" in started.stdout
+    (job,) = re.findall(rf"dashboard: {head.address}/#/jobs/(raysubmit_\w+)", started.stdout)
+    return str(job)
+
+
+@pytest.mark.skipif(find_browser() is None, reason="no Chromium here")
+def test_the_dashboard_shows_a_running_search(head: Head, running: str, tmp_path: Path) -> None:
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(head.address, 1280)
+        browser.await_text("Token authentication is enabled")
+        # As the page's own dialog does it: the token is then a cookie that no script can read.
+        login = (
+            "fetch('/api/authenticate', {method: 'POST', headers:"
+            f" {{Authorization: 'Bearer {head.token}'}}}}).then(answer => answer.status)"
+        )
+        assert browser.value_of(login) == 200
+        browser.open(f"{head.address}/?in#/jobs", 1280)
+        browser.await_text(running)
+        browser.await_text("RUNNING")
+        shown = browser.value_of("document.body.innerText")
+        assert "desisky_tune search" in shown
+        if folder := os.environ.get("DESISKY_TUNE_SCREENSHOTS"):
+            browser.screenshot(Path(folder) / "dashboard.png", height=700)
+        browser.value_of("location.hash = '#/metrics'")
+        browser.await_text("Prometheus")
+        assert not [each for each in browser.complaints if each.startswith("Uncaught")]
+
+
+def test_a_running_search_is_stopped(head: Head, submitted: dict[str, Any], running: str) -> None:
     early = head.command("fetch", "long")
     assert early.returncode == 2
     assert "fetch it when it has ended" in early.stderr

@@ -1,6 +1,6 @@
 """Searches in processes of their own, that faults can be injected into, and what must hold after.
 
-One shape of network, so that nothing but the first trial waits for a compile; the hyperparameters
+One shape of network, large enough for a trial to take about half a second; the hyperparameters
 that are searched change the numbers of a trial and not its program.
 """
 
@@ -33,8 +33,8 @@ SMALL = (
     "search.reduction=3",
     "training.epochs=2700",
     "resources.workers=2",
-    "space.width=16",
-    "space.depth=1",
+    "space.width=64",
+    "space.depth=3",
     "space.batch_size=32",
 )
 
