@@ -1,0 +1,93 @@
+"""The mean of several networks, as one network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+
+def mean_model(models: Sequence[eqx.nn.MLP]) -> eqx.nn.MLP:
+    """Return one MLP that gives the mean of what several MLPs give.
+
+    The members lie side by side in it: their first layers one above the other, the layers
+    between on the diagonal of larger ones (zeros elsewhere), the mean of their last ones at
+    the end. A member with fewer layers than another is lengthened by identities, which ReLU
+    leaves alone, since what it gives is never negative. Exact up to rounding.
+
+    Parameters
+    ----------
+    models
+        MLPs with ReLU, biases and at least one hidden layer, as `make_broadbandMLP` makes
+        them, of the same inputs and outputs; widths and depths may differ.
+
+    Returns
+    -------
+    equinox.nn.MLP
+        Its width is the sum of the members' widths, its depth the largest of theirs. A
+        single member comes back as it is.
+
+    Raises
+    ------
+    ValueError
+        Without a model, with one that has no hidden layer, or when sizes do not agree.
+    """
+    if not models:
+        raise ValueError("the mean of no model")
+    if len(models) == 1:
+        return models[0]
+    layers = [_arrays(model) for model in models]
+    ends = {(each[0][0].shape[1], each[-1][0].shape[0]) for each in layers}
+    if len(ends) > 1 or min(len(each) for each in layers) < 2:
+        raise ValueError(
+            "the mean of models takes the same inputs and outputs and a hidden layer in each"
+        )
+    depth = max(len(each) for each in layers) - 1
+    merged = [
+        tuple(np.concatenate(parts) for parts in zip(*(each[0] for each in layers), strict=True))
+    ]
+    for level in range(1, depth):
+        blocks = [each[level] if level < len(each) - 1 else _identity(each) for each in layers]
+        merged.append((_diagonal([w for w, _ in blocks]), np.concatenate([b for _, b in blocks])))
+    merged.append(
+        (
+            np.concatenate([each[-1][0] for each in layers], axis=1) / len(layers),
+            np.mean([each[-1][1] for each in layers], axis=0),
+        )
+    )
+    (inputs, outputs), width = ends.pop(), len(merged[0][1])
+    shape = eqx.filter_eval_shape(
+        eqx.nn.MLP, inputs, outputs, width, depth, key=jax.random.PRNGKey(0)
+    )
+    return eqx.tree_at(
+        lambda tree: [part for layer in tree.layers for part in (layer.weight, layer.bias)],
+        shape,
+        [jnp.asarray(part, jnp.float32) for pair in merged for part in pair],
+    )
+
+
+def _arrays(model: eqx.nn.MLP) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+    return [
+        (np.asarray(layer.weight, np.float64), np.asarray(layer.bias, np.float64))
+        for layer in model.layers
+    ]
+
+
+def _identity(layers: list[tuple[NDArray[Any], NDArray[Any]]]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """A layer that hands on what a member's last hidden layer gives."""
+    width = layers[-1][0].shape[1]
+    return np.eye(width), np.zeros(width)
+
+
+def _diagonal(blocks: list[NDArray[Any]]) -> NDArray[Any]:
+    whole = np.zeros((sum(map(len, blocks)),) * 2)
+    at = 0
+    for block in blocks:
+        whole[at : at + len(block), at : at + len(block)] = block
+        at += len(block)
+    return whole
