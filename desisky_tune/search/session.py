@@ -36,6 +36,7 @@ from desisky_tune.search.engines import (
 from desisky_tune.search.events import EventSink, Note, SearchStarted
 from desisky_tune.search.figures import SessionFigures
 from desisky_tune.search.origin import SearchRun, checkpoint_header
+from desisky_tune.search.pretraining import open_pretraining
 from desisky_tune.search.recorder import GiveUp, Recorder
 from desisky_tune.search.records import Ledger, TrialRecord, best_record, remaining_trials
 from desisky_tune.search.restarts import Restarts
@@ -198,6 +199,7 @@ def _run_session(
         trainings=expected_trainings(spec, in_flight, trainings),
         mirror=folder.mirror,
         slots=spec.resources.slots,
+        pretraining=open_pretraining(run),
     )
     with running_engines(ray, plans, work, stage.arrays(), in_flight) as engines:
         _fit(run, stage, recorder, known, engines, in_flight, deadline, stop, ray=ray, emit=emit)
