@@ -98,6 +98,12 @@ def search(
             "--time-limit", metavar="TIME", help="Stop after this time: seconds, or 10m, 1h30m."
         ),
     ] = None,
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic", help="Same seed and machine, same leaderboard; somewhat slower."
+        ),
+    ] = False,
     warm_start: Annotated[
         list[Path] | None,
         typer.Option(
@@ -126,6 +132,7 @@ def search(
         "resources.gpus_per_trial": gpus,
         "resources.slots": slots,
         "search.time_limit": time_limit,
+        "search.deterministic": deterministic or None,
     }
     # JSON is YAML: a path or a time arrives as the text that was given.
     given = [f"{key}={json.dumps(value)}" for key, value in short.items() if value is not None]

@@ -212,6 +212,8 @@ class SearchOptions(_Section):
         Finished trials before tpe, gp and cmaes learn from them.
     max_failures
         How often a trial whose process died is started again.
+    deterministic
+        Let nothing that is suggested or stopped depend on which trial happens to end first.
     default_first
         Make the documented default trial 0, trained in full.
     objectives
@@ -233,6 +235,7 @@ class SearchOptions(_Section):
     time_limit: Annotated[Annotated[Real, Field(gt=0)] | None, BeforeValidator(_seconds)] = None
     startup_trials: Annotated[Whole, Field(ge=1)] = 10
     max_failures: Annotated[Whole, Field(ge=0, le=100)] = 2
+    deterministic: StrictBool = False
     default_first: StrictBool = True
     objectives: tuple[Literal["rmse", "parameters"], ...] = ("rmse",)
     max_parameters: Annotated[Whole, Field(ge=1)] | None = None
@@ -424,6 +427,18 @@ class SearchSpec(_Section):
                 self.space["huber_delta"].entry(),
                 "training.loss is l2, which has no delta: leave huber_delta out or give one value",
             )
+            raise PydanticCustomError("parameters", "see problems", {"problems": [problem]})
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_calibrated(self) -> SearchSpec:
+        resources = self.resources
+        if self.search.deterministic and resources.gpus_per_trial and resources.slots is None:
+            rule = (
+                "with search.deterministic on GPUs it must be a number: a calibration goes by the "
+                "clock, and the last bits of all figures by the slots"
+            )
+            problem = Problem("resources.slots", "auto", rule)
             raise PydanticCustomError("parameters", "see problems", {"problems": [problem]})
         return self
 
