@@ -51,6 +51,35 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
+def first_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path as `atomic_path` does; what stands at `path` already, stays.
+
+    Raises
+    ------
+    StorageError
+        When the file cannot be written.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.part{target.suffix}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        # A link, unlike a renaming, leaves alone what is there.
+        with suppress(FileExistsError):
+            os.link(temporary, target)
+        _fsync_folder(target.parent)
+    except OSError as error:
+        if isinstance(error, DesiskyTuneError):
+            raise
+        raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
 def atomic_open(path: str | os.PathLike[str], mode: str = "wb", **kwargs: Any) -> Iterator[IO[Any]]:
     """Open a file for writing that appears under its name only when complete."""
     with atomic_path(path) as temporary, open(temporary, mode, **kwargs) as stream:

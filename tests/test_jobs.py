@@ -125,6 +125,8 @@ def test_a_runs_folder_of_the_cluster_is_taken(runs: str) -> None:
 def test_data_that_are_here_alone_are_refused(source: str) -> None:
     with pytest.raises(InputError, match=r"data do not travel with a job"):
         check_source(source)
+    with pytest.raises(InputError, match=r"pretrain.source = .*weights do not travel with a job"):
+        check_source(source, "pretrain.source", "weights")
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from desisky_tune.data.moonlight import (
 from desisky_tune.data.observing_plan import night_of
 from desisky_tune.data.photometry import magnitudes
 from desisky_tune.data.simulate import simulate_vac, vac_wavelength
+from desisky_tune.data.simulated_table import simulated_table
 from desisky_tune.errors import DataError
 
 #: METADATA as the real file has it.
@@ -311,3 +312,19 @@ def test_moonlight_follows_the_moon() -> None:
     assert (moonlit(moon_separation=35.0) > usual).all()
     assert (moonlit(transparency=0.6) > usual).all()
     np.testing.assert_array_equal(moonlit(transparency=1.1), usual)
+
+
+def test_the_table_is_what_the_file_holds(small: Path, tmp_path: Path) -> None:
+    with fits.open(small) as file:
+        wavelength, flux = file["WAVELENGTH"].data, file["FLUX"].data
+        metadata = Table(file["METADATA"].data)
+    rows = subsets(metadata)["moon"]
+    table = simulated_table(150, 7, "moon", cache_dir=tmp_path)
+    assert len(table) == rows.sum() > 20
+    for name in COLUMNS:
+        np.testing.assert_array_equal(table[name], metadata[name][rows], err_msg=name)
+    expected = magnitudes(flux[rows], wavelength, ("V",))[:, 0]
+    np.testing.assert_allclose(table["SKY_MAG_V_SPEC"], expected, atol=1e-12)
+    again = simulated_table(150, 7, "moon", cache_dir=tmp_path)
+    assert again.equals(table)
+    assert len(list(tmp_path.iterdir())) == 1

@@ -98,6 +98,12 @@ def search(
             "--time-limit", metavar="TIME", help="Stop after this time: seconds, or 10m, 1h30m."
         ),
     ] = None,
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic", help="Same seed and machine, same leaderboard; somewhat slower."
+        ),
+    ] = False,
     warm_start: Annotated[
         list[Path] | None,
         typer.Option(
@@ -126,6 +132,7 @@ def search(
         "resources.gpus_per_trial": gpus,
         "resources.slots": slots,
         "search.time_limit": time_limit,
+        "search.deterministic": deterministic or None,
     }
     # JSON is YAML: a path or a time arrives as the text that was given.
     given = [f"{key}={json.dumps(value)}" for key, value in short.items() if value is not None]
@@ -183,7 +190,8 @@ def show_leaderboard(
 
     if as_json and as_csv:
         raise InputError("--json and --csv exclude each other")
-    v_derived = bool(RunFolder.open(run).read_search()["data"].get("v_derived"))
+    content = RunFolder.open(run).read_search()
+    v_derived = bool(content["data"].get("v_derived"))
     ranked = finalists_board(run)
     if finalists and ranked is None:
         raise InputError(f"{run}: no finalists were ranked (evaluation.finalists)")
@@ -199,6 +207,10 @@ def show_leaderboard(
         show(board_text(shown, v_derived=v_derived))
         if ranked is not None:
             show("\n" + finalists_text(ranked, v_derived=v_derived))
+        if (note := content.get("pretrain")) is not None:
+            from desisky_tune.search.pretraining import pretrain_sentence
+
+            show(pretrain_sentence(note))
     if len(shown) < len(board) and not (as_json or as_csv):
         say(f"not shown: {len(board) - len(shown)} pruned or failed (--all shows them too)")
 
@@ -347,6 +359,8 @@ def figures_text(evaluation: dict[str, Any]) -> str:
         for part in ("train", "validation", "test")
     )
     lines.append(f"exposures: {counts}")
+    if "pretrain" in evaluation:
+        lines.append(evaluation["pretrain"])
     if evaluation["v_derived"]:
         lines.append("V is derived from g and r in this table: judge by g, r and z alone")
     return "\n".join(lines)

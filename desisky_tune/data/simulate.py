@@ -90,6 +90,54 @@ class Weather:
     lines: Array
 
 
+@dataclass(frozen=True)
+class Season:
+    """Exposures as they were taken, without their spectra.
+
+    Attributes
+    ----------
+    plan
+        When and where to.
+    columns
+        METADATA but the magnitudes, and MOONDIST (km), each of shape ``(n,)``.
+    weather
+        What the sky was like.
+    eclipse
+        Eclipsed fraction of the Moon's disc, shape ``(n,)``.
+    grey, magnitude_error
+        What was measured wrongly: a factor of the flux, shape ``(n,)``, and mag of g, r and
+        z, shape ``(n, 3)``.
+    """
+
+    plan: ObservingPlan
+    columns: dict[str, Any]
+    weather: Weather
+    eclipse: Array
+    grey: Array
+    magnitude_error: Array
+
+
+def draw_season(exposures: int, seed: int) -> Season:
+    """Draw the exposures of a simulated VAC.
+
+    Raises
+    ------
+    DataError
+        When the number of exposures or the seed is not allowed.
+    """
+    if seed < 0:
+        raise DataError(f"seed is {seed}: it must be 0 or more")
+    streams = np.random.default_rng(seed).spawn(4)
+    plan = plan_exposures(exposures, streams[0])
+    columns = _pointing_columns(plan)
+    eclipse = geometry.eclipse_fraction(plan.middle)
+    weather = draw_weather(plan.night_index, streams[1])
+    columns.update(_site_columns(plan, columns, weather, eclipse, streams[2]))
+    grey = np.exp(FLUX_ERROR * streams[3].standard_normal(len(plan)))
+    error = MAGNITUDE_ERROR * streams[3].standard_normal((len(plan), 3))
+    return Season(plan, columns, weather, eclipse, grey, error)
+
+
 def vac_wavelength() -> Array:
     """Return the VAC's wavelengths, shape ``(7781,)``, Angstrom."""
     return WAVELENGTH_START + WAVELENGTH_STEP * np.arange(WAVELENGTH_PIXELS, dtype=np.float64)
@@ -127,19 +175,12 @@ def simulate_vac(
     StorageError
         When the file cannot be written.
     """
-    if seed < 0:
-        raise DataError(f"seed is {seed}: it must be 0 or more")
-    streams = np.random.default_rng(seed).spawn(4)
-    plan = plan_exposures(exposures, streams[0])
-    columns = _pointing_columns(plan)
-    eclipse = geometry.eclipse_fraction(plan.middle)
-    weather = draw_weather(plan.night_index, streams[1])
-    columns.update(_site_columns(plan, columns, weather, eclipse, streams[2]))
-
+    season = draw_season(exposures, seed)
+    columns = season.columns
     target = Path(path)
     with atomic_path(target) as temporary:
         _write_head(temporary)
-        bands = _write_flux(temporary, plan, columns, weather, eclipse, streams[3], progress)
+        bands = _write_flux(temporary, season, progress)
         for name, values in zip("GRZ", bands.T, strict=True):
             columns[f"SKY_MAG_{name}_SPEC"] = values
         _write_metadata(temporary, columns)
@@ -266,24 +307,34 @@ def _write_head(path: Path) -> None:
     fits.HDUList([fits.PrimaryHDU(), wavelength]).writeto(path)
 
 
-def _write_flux(
-    path: Path,
-    plan: ObservingPlan,
-    columns: dict[str, Any],
-    weather: Weather,
-    eclipse: Array,
-    rng: np.random.Generator,
-    progress: Progress | None,
-) -> Array:
+def measured_flux(sky: Sky, season: Season, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return the spectra of some exposures as the catalogue holds them, ``(k, n_w)``."""
+    conditions = (*geometry.GEOMETRY_COLUMNS, "MOONDIST")
+    flux = sky.spectra(
+        {name: season.columns[name][rows] for name in conditions},
+        Weather(**{name: values[rows] for name, values in vars(season.weather).items()}),
+        season.eclipse[rows],
+    )
+    flux *= season.grey[rows, np.newaxis]
+    flux[:, -1] = 0.0  # as in the real file
+    return flux.astype(np.float32)
+
+
+def tabulated(bands: Array, error: Array) -> Array:
+    """Return magnitudes as METADATA has them.
+
+    Five decimals: the table does not depend on how many threads summed a magnitude.
+    """
+    return np.round(bands + error, 5)
+
+
+def _write_flux(path: Path, season: Season, progress: Progress | None) -> Array:
     """Append FLUX block by block; return the tabulated magnitudes g, r, z, ``(n, 3)``."""
     from astropy.io import fits
 
     wavelength = vac_wavelength()
     sky = Sky(wavelength)
-    count = len(plan)
-    grey = np.exp(FLUX_ERROR * rng.standard_normal(count))
-    error = MAGNITUDE_ERROR * rng.standard_normal((count, 3))
-    conditions = {name: columns[name] for name in (*geometry.GEOMETRY_COLUMNS, "MOONDIST")}
+    count = len(season.plan)
     bands = np.empty((count, 3))
     header = fits.Header()
     header["XTENSION"] = "IMAGE"
@@ -299,22 +350,14 @@ def _write_flux(
     try:
         for start in range(0, count, _BLOCK):
             rows = slice(start, min(start + _BLOCK, count))
-            flux = sky.spectra(
-                {name: values[rows] for name, values in conditions.items()},
-                Weather(**{name: values[rows] for name, values in vars(weather).items()}),
-                eclipse[rows],
-            )
-            flux *= grey[rows, np.newaxis]
-            flux[:, -1] = 0.0  # as in the real file
-            stored = flux.astype(np.float32)
+            stored = measured_flux(sky, season, rows)
             bands[rows] = magnitudes(stored, wavelength, ("g", "r", "z"))
             stream.write(stored)
             if progress is not None:
                 progress(rows.stop, count)
     finally:
         stream.close()
-    # Five decimals: the table does not depend on how many threads summed a magnitude.
-    return np.round(bands + error, 5)
+    return tabulated(bands, season.magnitude_error)
 
 
 def _write_metadata(path: Path, columns: dict[str, Any]) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from desisky_tune.data.columns import BANDS
 from desisky_tune.errors import CheckpointError
@@ -119,6 +121,57 @@ def load(
             # A stranger's constructor may keep arrays where only a real call puts them.
             like = _construct(constructor, arch, source, abstract=False)
         return mark_raw_space(read_leaves(stream, like, source)), meta
+
+
+def load_layers(
+    path: str | os.PathLike[str],
+) -> tuple[list[tuple[NDArray[np.float32], NDArray[np.float32]]], dict[str, Any]]:
+    """Read the weights of a broadband model as NumPy arrays: no device is touched.
+
+    Parameters
+    ----------
+    path
+        The checkpoint.
+
+    Returns
+    -------
+    layers, meta
+        Weight ``(out, in)`` and bias ``(out,)`` by layer, and the header.
+
+    Raises
+    ------
+    MissingFileError, CheckpointError
+        As `load`.
+    """
+    source = as_path(path)
+    with open_checkpoint(source) as stream:
+        meta = parse_header(stream, source)
+        arch = meta["arch"]
+        remaining = os.fstat(stream.fileno()).st_size - stream.tell()
+        _check_arch(arch, True, remaining, source)
+        sizes = [arch["in_size"], *[arch["width_size"]] * arch["depth"], arch["out_size"]]
+        like = [
+            (np.empty((units, inputs), np.float32), np.empty(units, np.float32))
+            for inputs, units in pairwise(sizes)
+        ]
+        return read_leaves(stream, like, source), meta
+
+
+def model_of_layers(layers: Sequence[tuple[ArrayLike, ArrayLike]]) -> eqx.nn.MLP:
+    """Return the broadband model of weights ``(out, in)`` and biases ``(out,)`` as they are."""
+    shapes = [np.shape(weight) for weight, _ in layers]
+    skeleton = eqx.filter_eval_shape(
+        make_broadbandMLP,
+        in_size=shapes[0][1],
+        out_size=shapes[-1][0],
+        width_size=shapes[0][0],
+        depth=len(layers) - 1,
+    )
+    return eqx.tree_at(
+        lambda model: [leaf for layer in model.layers for leaf in (layer.weight, layer.bias)],
+        skeleton,
+        [part for layer in layers for part in layer],
+    )
 
 
 def checkpoint_meta(

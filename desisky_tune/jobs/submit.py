@@ -73,6 +73,8 @@ def submit_search(
     name = valid_run_name(default_name(spec) if name is None else name)
     runs = runs_folder(runs)
     check_source(spec.data.source)
+    if spec.pretrain is not None and not spec.pretrain.simulated:
+        check_source(spec.pretrain.source, "pretrain.source", "weights")
     metadata = {
         MARK: desisky_tune.__version__,
         "name": name,
@@ -123,8 +125,8 @@ def runs_folder(runs: str) -> str:
     return runs
 
 
-def check_source(source: str) -> None:
-    """Refuse a source of data that the cluster's nodes cannot have.
+def check_source(source: str, field: str = "data.source", what: str = "data") -> None:
+    """Refuse a source of data, or of weights, that the cluster's nodes cannot have.
 
     Raises
     ------
@@ -138,7 +140,7 @@ def check_source(source: str) -> None:
         return
     if not (PurePosixPath(source).is_absolute() or re.match(r"~(/|$)", source)):
         raise InputError(
-            f"data.source = {source!r}: data do not travel with a job; give a URL, or the absolute "
+            f"{field} = {source!r}: {what} do not travel with a job; give a URL, or the absolute "
             "path of a file that the cluster's nodes can read"
         )
 

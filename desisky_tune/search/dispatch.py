@@ -13,6 +13,7 @@ from typing import Any
 
 from desisky_tune.errors import EngineError
 from desisky_tune.search.figures import EngineFigures, added
+from desisky_tune.search.verdicts import Verdicts
 
 #: Trials that fail at one engine, none ending well between them, until it is left out.
 FAILURES_IN_A_ROW = 3
@@ -80,7 +81,7 @@ class _Engine:
         return len(self.trials) / self.room
 
 
-class Dispatcher(Roster):
+class Dispatcher(Roster, Verdicts):
     """Spreads trials over engines: the least loaded first, and a trial stays where it is.
 
     Parameters
@@ -92,7 +93,8 @@ class Dispatcher(Roster):
     """
 
     def __init__(self, expected: int, rows: Any = None) -> None:
-        super().__init__(expected)
+        Roster.__init__(self, expected)
+        Verdicts.__init__(self)
         self._rows = rows
         self._engines: list[_Engine] = []
         self._homes: dict[int, int] = {}

@@ -22,6 +22,7 @@ from desisky_tune.search.figures import EngineFigures, Meter
 
 if TYPE_CHECKING:
     from desisky_tune.search.arrays import SearchArrays
+    from desisky_tune.search.pretraining import Pretraining
     from desisky_tune.search.space import TrainingSpec
     from desisky_tune.search.storage import RunMirror
 
@@ -51,6 +52,8 @@ class Work:
         Where these files are put as well, for a run on a URL.
     slots
         Trainings side by side in a program of a GPU; None for a calibration.
+    pretraining
+        What trainings begin with; None where their weights are drawn.
     """
 
     run: str
@@ -60,6 +63,7 @@ class Work:
     trainings: int | None = None
     mirror: RunMirror | None = None
     slots: int | None = None
+    pretraining: Pretraining | None = None
 
 
 @dataclass(frozen=True)
@@ -97,10 +101,18 @@ def make_backend(device: Device, work: Work, arrays: SearchArrays) -> Backend:
             work.mirror,
             slots=work.slots,
             expected=work.trainings,
+            pretraining=work.pretraining,
         )
     from desisky_tune.search.local import LocalBackend
 
-    return LocalBackend(arrays, work.training, work.folder, work.header, work.mirror)
+    return LocalBackend(
+        arrays,
+        work.training,
+        work.folder,
+        work.header,
+        work.mirror,
+        pretraining=work.pretraining,
+    )
 
 
 class Gate:

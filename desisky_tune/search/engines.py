@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ray.tune import Callback
@@ -21,6 +21,7 @@ from desisky_tune.search.local import process_environment
 
 if TYPE_CHECKING:
     from desisky_tune.search.arrays import SearchArrays
+    from desisky_tune.search.ordering import OrderedScheduler, Ordering
     from desisky_tune.search.space import ResourceSpec
 
 #: What Ray reserves for a light trial (CPU).
@@ -209,6 +210,23 @@ def _plan(
     )
 
 
+def with_room_for_all(plans: Sequence[EnginePlan], trials: int) -> list[EnginePlan]:
+    """Return plans with room at each engine for all trials in flight.
+
+    Trials that wait for a verdict keep their places: others must find one beside them, on
+    however small a machine, and with however many engines lost.
+    """
+    missing = max(0, trials - sum(plan.room for plan in plans))
+    return [
+        replace(
+            plan,
+            spare=max(plan.spare, trials - plan.slots),
+            cpus=max(0.0, round(plan.cpus - TRIAL_CPUS * missing, 4)),
+        )
+        for plan in plans
+    ]
+
+
 class RunningEngines:
     """Engines that were started, and the dispatcher between them and the trials."""
 
@@ -249,6 +267,11 @@ class RunningEngines:
             self._engines.append(actor.remote(plan.name, plan.device, plan.slots, work.run, name))
         known = [(engine, plan.room) for engine, plan in zip(self._engines, plans, strict=True)]
         self.dispatcher.add.remote(known)
+
+    def take_verdicts(self, ordering: Ordering, scheduler: OrderedScheduler) -> None:
+        """Let verdicts reach the trials, which wait at the dispatcher for them."""
+        ordering.judged_by(self.dispatcher.judge.remote)
+        scheduler.rest = self.dispatcher.rest.remote
 
     def close(self, trials: int, patience: float = CLOSING_PATIENCE) -> SessionFigures:
         """Let the engines keep what they still hold, and return what they did.

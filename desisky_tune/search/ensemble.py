@@ -90,6 +90,7 @@ def write_ensemble(run: SearchRun, final: Final, count: int, out: Path) -> Path:
                 },
                 "meta": {
                     **header,
+                    **_pretrained_note(run),
                     "features": features,
                     "split": fitted_split(run, header["split"]),
                     "search": {**header["search"], "finalists": numbers},
@@ -97,6 +98,11 @@ def write_ensemble(run: SearchRun, final: Final, count: int, out: Path) -> Path:
             },
         )
     return out
+
+
+def _pretrained_note(run: SearchRun) -> dict[str, Any]:
+    note = run.folder.read_search().get("pretrain")
+    return {} if note is None else {"pretrain": note}
 
 
 def export_ensemble(run_dir: str | Path, out: str | Path) -> Path:

@@ -151,12 +151,17 @@ def _write_missing(folder: RunFolder, record: TrialRecord) -> None:
     from desisky_tune.search.folds import search_arrays
     from desisky_tune.search.local import LocalBackend
     from desisky_tune.search.origin import checkpoint_header, open_run
+    from desisky_tune.search.pretraining import open_pretraining
 
     if not state_path(folder.trials, record.number).exists():
         raise RunError(f"{folder.trials}: the weights of trial {record.number} are missing")
     run = open_run(folder.path)
     backend = LocalBackend(
-        search_arrays(run), run.spec.training, folder.trials, checkpoint_header(run)
+        search_arrays(run),
+        run.spec.training,
+        folder.trials,
+        checkpoint_header(run),
+        pretraining=open_pretraining(run),
     )
     assignment = Assignment(record.number, record.configuration, record.seed)
     # Asking for the epochs that it has trains nothing, and brings its state into memory.

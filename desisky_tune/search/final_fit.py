@@ -91,12 +91,15 @@ def write_final_fit(run: SearchRun, fit: FinalFit, path: Path) -> Path:
     """
     from desisky_tune.io import checkpoint_meta, save
     from desisky_tune.search.origin import checkpoint_header
+    from desisky_tune.search.pretraining import PretrainedWeights, open_pretraining
     from desisky_tune.training.scaling import Scaling, fold
 
     features = run.spec.data.features
     inputs, targets = run.table.arrays(fitted_rows(run), features)
     scaling = Scaling.fit(inputs, targets)
-    model, curve = train_through(inputs, targets, scaling, fit, run.spec.training)
+    start = PretrainedWeights(open_pretraining(run))
+    initial = start.initial_model(fit.configuration, fit.seed, scaling)
+    model, curve = train_through(inputs, targets, scaling, fit, run.spec.training, initial)
     folded = fold(model, scaling)
     header = checkpoint_header(run)
     meta = checkpoint_meta(
@@ -116,6 +119,7 @@ def write_final_fit(run: SearchRun, fit: FinalFit, path: Path) -> Path:
         },
         **{
             **header,
+            **start.header(fit.configuration),
             "search": {**header["search"], **fit.origin, "final_fit": True},
             "split": fitted_split(run, header["split"]),
             "seed": fit.seed,
@@ -125,7 +129,12 @@ def write_final_fit(run: SearchRun, fit: FinalFit, path: Path) -> Path:
 
 
 def train_through(
-    inputs: np.ndarray, targets: np.ndarray, scaling: Any, fit: FinalFit, training: TrainingSpec
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    scaling: Any,
+    fit: FinalFit,
+    training: TrainingSpec,
+    initial: Any = None,
 ) -> tuple[Any, Any]:
     """Train for all epochs of a fit; return the last model, in scaled space, and the curve.
 
@@ -139,6 +148,8 @@ def train_through(
         What to fit.
     training
         The loss.
+    initial
+        The model to begin with, in scaled space; None draws one by the seed.
 
     Raises
     ------
@@ -164,7 +175,8 @@ def train_through(
         learning_rate=float(configuration["learning_rate"]),
         huber_delta=float(configuration["huber_delta"]),
     )
-    state, curve = program.advance(program.init(fit.seed), arrays, hyperparameters, fit.epochs)
+    state = program.init(fit.seed, initial)
+    state, curve = program.advance(state, arrays, hyperparameters, fit.epochs)
     if curve.failed:
         raise SearchError(
             f"the final fit diverged in epoch {len(curve) - 1}: a loss was not finite, though on"

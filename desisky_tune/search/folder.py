@@ -13,6 +13,7 @@
       trials.parquet  curves.parquet  evaluation.json
       out_of_fold.parquet  predictions of the finalists' folds, where there are finalists
       best/<name>.eqx    the winner
+      pretrained/        the weights that trials began with, where they were not drawn
       ensemble/          the best finalists' members and their index
       tune/              what Ray Tune writes
 """
@@ -120,6 +121,11 @@ class RunFolder:
         return self.path / "tune"
 
     @property
+    def pretrained(self) -> Path:
+        """The folder of the weights that trials began with."""
+        return self.path / "pretrained"
+
+    @property
     def evaluation(self) -> Path:
         """The winner's and the baselines' figures."""
         return self.path / "evaluation.json"
@@ -223,8 +229,9 @@ class RunFolder:
 
     def _begun(self) -> bool:
         """Whether more stands here than a search leaves that is killed at its start."""
+        early = (".lock", self.pretrained.name)
         return any(
-            entry.name != ".lock" and entry.suffix != self.features.suffix
+            entry.name not in early and entry.suffix != self.features.suffix
             for entry in self.path.iterdir()
         )
 

@@ -23,6 +23,7 @@ from desisky_tune.search.arrays import Fold, SearchArrays
 from desisky_tune.search.backend import CURVE_SERIES, Assignment, Member, Progress
 from desisky_tune.search.figures import Meter
 from desisky_tune.search.pooling import MemberCurve, member_progress, pool, pooled_progress
+from desisky_tune.search.pretraining import PretrainedWeights
 from desisky_tune.search.trial_files import (
     TrialFiles,
     checkpoint_path,
@@ -33,6 +34,7 @@ from desisky_tune.search.trial_files import (
 )
 
 if TYPE_CHECKING:
+    from desisky_tune.search.pretraining import Pretraining
     from desisky_tune.search.space import TrainingSpec
     from desisky_tune.search.storage import RunMirror
     from desisky_tune.training.program import TrainingArrays
@@ -113,6 +115,8 @@ class LocalBackend:
         Further keys for the header of each checkpoint: where it comes from.
     mirror
         Where a run on a URL has its files: each is put there, and fetched when it is wanted.
+    pretraining
+        What trainings begin with; None where their weights are drawn.
 
     Attributes
     ----------
@@ -127,6 +131,8 @@ class LocalBackend:
         folder: Path,
         header: Mapping[str, Any] | None = None,
         mirror: RunMirror | None = None,
+        *,
+        pretraining: Pretraining | None = None,
     ) -> None:
         self._training = training
         self._files = TrialFiles(folder, mirror)
@@ -138,6 +144,7 @@ class LocalBackend:
         self._compiled: WeakKeyDictionary[Any, dict[Any, _Compiled]] = WeakKeyDictionary()
         self._lock = threading.Lock()
         self.meter = Meter()
+        self._start = PretrainedWeights(pretraining, self.meter)
 
     def advance(self, trial: Assignment, epochs: int) -> Progress:
         """Train on to `epochs` epochs in total; the state is on disk when this returns."""
@@ -185,13 +192,14 @@ class LocalBackend:
                 training=self._training,
                 features=self._features,
                 scaling=self._fold(member.fold).scaling,
-                header=self._header,
+                header={**self._header, **self._start.header(trial.configuration)},
             )
             self._files.write_weights(trial, write)
 
     def _keep_members(self, trial: Assignment, running: Mapping[Member, _Training]) -> None:
         """Write the weights of every member at the best epoch of its seed's pooled curve."""
         best_epochs = pool(self._curves(running)).best_epochs
+        header = {**self._header, **self._start.header(trial.configuration)}
         for member, training in running.items():
             epoch = best_epochs[member.seed]
             write = functools.partial(
@@ -204,7 +212,7 @@ class LocalBackend:
                 training=self._training,
                 features=self._features,
                 scaling=self._fold(member.fold).scaling,
-                header=member_header(self._header, member),
+                header=member_header(header, member),
             )
             self._files.write_member(trial, member, write)
 
@@ -214,7 +222,7 @@ class LocalBackend:
             return training.program.best_model(training.state)
         done, state = training.before or (0, None)
         if state is None or done > epoch:
-            done, state = 0, training.program.init(member.seed)
+            done, state = 0, self._initial(trial, member, training.program)
         arrays = self._fold(member.fold).arrays
         state, _ = training.program.advance(
             state, arrays, _hyperparameters(trial), epoch + 1 - done
@@ -287,7 +295,13 @@ class LocalBackend:
         left = self._files.read_state(trial, member, program.load_state)
         if left is not None and left[1].get("trial") == self._key(trial, member):
             return _Training(program, left[0], **left[1]["progress"])
-        return _Training(program, program.init(member.seed), 0, 0.0, {}, [])
+        return _Training(program, self._initial(trial, member, program), 0, 0.0, {}, [])
+
+    def _initial(self, trial: Assignment, member: Member, program: Any) -> Any:
+        """Return the state in which a training begins."""
+        scaling = self._fold(member.fold).scaling
+        model = self._start.initial_model(trial.configuration, member.seed, scaling)
+        return program.init(member.seed, model)
 
     def _save(self, trial: Assignment, member: Member, training: _Training) -> None:
         progress = {

@@ -33,8 +33,16 @@ class SearchRun:
     split: Split
 
 
-def write_run(run: SearchRun) -> None:
-    """Write the feature table and `search.json` of a new run."""
+def write_run(run: SearchRun, pretrain: Mapping[str, Any] | None = None) -> None:
+    """Write the feature table and `search.json` of a new run.
+
+    Parameters
+    ----------
+    run
+        The run.
+    pretrain
+        Where the weights come from that its trials begin with; None where they are drawn.
+    """
     folder, spec, table, split = run.folder, run.spec, run.table, run.split
     with atomic_path(folder.features) as temporary:
         table.frame.to_parquet(temporary)
@@ -48,6 +56,7 @@ def write_run(run: SearchRun) -> None:
             "data": dict(table.provenance),
             "split": split.as_exposures(table.frame),
             **_recorded_folds(run),
+            **({} if pretrain is None else {"pretrain": dict(pretrain)}),
             "seed": {
                 "search": spec.search.seed,
                 "split": spec.split.seed,

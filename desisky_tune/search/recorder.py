@@ -76,6 +76,7 @@ class Recorder(Callback):
         self._records = {record.number: record for record in known}
         self._started = set(folder.read_started()) | set(self._records)
         self._clock: dict[int, float] = {}
+        self._told: dict[int, int] = {}
         self._total = total
         self._max_epochs = max_epochs
         self._max_deaths = max_deaths
@@ -121,8 +122,11 @@ class Recorder(Callback):
         """Pass a report on."""
         number, _ = _identity(trial)
         self._stop.reported(number)
-        if result.get("reason") is None:
-            self._emit(TrialReported(number, int(result["epochs"]), float(result["objective"])))
+        epochs = int(result["epochs"])
+        # A trial that waited at its rung, or began again, reports where it was once more.
+        if result.get("reason") is None and epochs > self._told.get(number, 0):
+            self._told[number] = epochs
+            self._emit(TrialReported(number, epochs, float(result["objective"])))
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Record a trial that ended by itself or was pruned."""

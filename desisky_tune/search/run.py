@@ -31,6 +31,7 @@ from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.leaderboard import leaderboard
 from desisky_tune.search.local import checkpoint_path, state_path, sweep
 from desisky_tune.search.origin import SearchRun, now, open_run, write_run
+from desisky_tune.search.pretraining import prepare_pretraining
 from desisky_tune.search.records import (
     Ledger,
     TrialRecord,
@@ -135,11 +136,14 @@ def run_search(
             split = make_split(
                 table.frame, spec.split.by, fractions=spec.split.fractions, seed=spec.split.seed
             )
+            prepared = prepare_pretraining(spec, table, split)
             chosen = spec.name if name is None else name
             folder = RunFolder.create(runs, chosen, exact=name is not None)
             run = SearchRun(folder, spec, table, split)
             with folder.lock():
-                write_run(run)
+                if prepared is not None:
+                    prepared.write(folder, spec.data.features)
+                write_run(run, None if prepared is None else prepared.note)
                 stop.run_dir = folder.place
                 figures = _search(run, ray, emit, stop, local=address is None)
                 return _finish(run, emit, started, figures)

@@ -104,7 +104,7 @@ class RungScheduler(ASHAScheduler):
                 self._reached[int(rung)].setdefault(number, float(objective))
         action = self.decide(number, epochs, float(result[METRIC]))
         self._num_stopped += action == TrialScheduler.STOP
-        return _resting(action, self._stop)
+        return resting(action, self._stop)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: Any) -> None:
         """Its reports have been counted."""
@@ -127,7 +127,7 @@ class FullScheduler(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
         """Let a trial go on to its next rung."""
-        return _resting(TrialScheduler.CONTINUE, self._stop)
+        return resting(TrialScheduler.CONTINUE, self._stop)
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         """Accept any metric: none is looked at."""
@@ -152,7 +152,7 @@ def make_scheduler(spec: SearchSpec, stop: StopRequest | None = None) -> Schedul
     return RungScheduler(rungs(spec), spec.search.reduction, spared, stop)
 
 
-def _resting(action: str, stop: StopRequest | None) -> str:
+def resting(action: str, stop: StopRequest | None) -> str:
     """Turn "go on" into "stay where you are" in a search that was asked to end."""
     if action == TrialScheduler.CONTINUE and stop is not None and stop.asked is not None:
         return str(TrialScheduler.NOOP)

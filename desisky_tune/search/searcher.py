@@ -129,6 +129,16 @@ class StudySearch(OptunaSearch):
         self._reports[number] = {}
         return {"trial": number, **configuration}
 
+    def repeat(
+        self, trial_id: str, number: int, configuration: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Hand out trial `number` as it was handed out before."""
+        self._claim(number, configuration)
+        self._numbers[trial_id] = number
+        self._configurations[number] = dict(configuration)
+        self._reports[number] = {}
+        return {"trial": number, **configuration}
+
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """Keep a report as an intermediate value at its epoch."""
         number = self._numbers[trial_id]
@@ -154,6 +164,11 @@ class StudySearch(OptunaSearch):
             seed=self.spec.training.seed,
             rungs=self._reports.get(number),
         )
+        self.tell(record)
+
+    def tell(self, record: TrialRecord) -> None:
+        """Tell the study how a trial ended, by its record."""
+        number = record.number
         for epochs, objective in record.rungs.items():
             self._report(number, epochs, objective)
         trial = self._trial_id(number)

@@ -32,12 +32,15 @@ from desisky_tune.search.engines import (
     nodes_of,
     plan_engines,
     running_engines,
+    with_room_for_all,
 )
 from desisky_tune.search.events import EventSink, Note, SearchStarted
 from desisky_tune.search.figures import SessionFigures
+from desisky_tune.search.ordering import fixed_in_flight
 from desisky_tune.search.origin import SearchRun, checkpoint_header
+from desisky_tune.search.pretraining import open_pretraining
 from desisky_tune.search.recorder import GiveUp, Recorder
-from desisky_tune.search.records import Ledger, TrialRecord, best_record, remaining_trials
+from desisky_tune.search.records import Ledger, best_record, remaining_trials
 from desisky_tune.search.restarts import Restarts
 from desisky_tune.search.slot_settings import expected_trainings
 from desisky_tune.search.stages import Stage
@@ -164,6 +167,10 @@ def _run_session(
     trainings = max(1, len(stage.members))
     plans = plan_engines(nodes_of(ray), spec.resources, emit, local=local, members=trainings)
     in_flight = min(sum(plan.room for plan in plans), remaining)
+    ordered = spec.search.deterministic and stage.ordered
+    if ordered:
+        in_flight = fixed_in_flight(run, in_flight)
+        plans = with_room_for_all(plans, in_flight)
     if first:
         emit(
             SearchStarted(
@@ -198,33 +205,43 @@ def _run_session(
         trainings=expected_trainings(spec, in_flight, trainings),
         mirror=folder.mirror,
         slots=spec.resources.slots,
+        pretraining=open_pretraining(run),
     )
-    with running_engines(ray, plans, work, stage.arrays(), in_flight) as engines:
-        _fit(run, stage, recorder, known, engines, in_flight, deadline, stop, ray=ray, emit=emit)
-        leaving = stop.asked is not None or recorder.broken is not None
-        figures = engines.close(
-            len(recorder.records) - len(known),
-            LEAVING_PATIENCE if leaving else CLOSING_PATIENCE,
-        )
+    searcher, scheduler = stage.begin(known, in_flight, stop)
+    try:
+        starting = searcher.starting if ordered else in_flight
+        with running_engines(ray, plans, work, stage.arrays(), starting) as engines:
+            if ordered:
+                engines.take_verdicts(searcher.ordering, scheduler)
+            tuner = _tuner(
+                run, stage, recorder, engines, searcher, scheduler, in_flight, deadline, ray, emit
+            )
+            with _quiet_tune(), stop.finishing_rungs():
+                tuner.fit()
+            leaving = stop.asked is not None or recorder.broken is not None
+            figures = engines.close(
+                len(recorder.records) - len(known),
+                LEAVING_PATIENCE if leaving else CLOSING_PATIENCE,
+            )
+    finally:
+        searcher.close()
     return recorder, figures
 
 
-def _fit(
+def _tuner(
     run: SearchRun,
     stage: Stage,
     recorder: Recorder,
-    known: list[TrialRecord],
     engines: RunningEngines,
+    searcher: Any,
+    scheduler: Any,
     in_flight: int,
     deadline: float | None,
-    stop: StopRequest,
-    *,
     ray: Any,
     emit: EventSink,
-) -> None:
+) -> tune.Tuner:
     """Let Ray Tune run light trials, `in_flight` at a time, that ask the engines to train."""
     spec, folder = run.spec, run.folder
-    searcher, scheduler = stage.begin(known, in_flight, stop)
     plan = TrialPlan(
         rungs=stage.rungs,
         seed=spec.training.seed,
@@ -232,19 +249,20 @@ def _fit(
         environment={},
         members=stage.members,
         keep_members=stage.keep_members,
+        judged=spec.search.deterministic and stage.ordered,
     )
     trainable = tune.with_resources(
         tune.with_parameters(SearchTrial, plan=plan, roster=engines.dispatcher),
         {"cpu": TRIAL_CPUS},
     )
-    tuner = tune.Tuner(
+    return tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
             metric="objective",
             mode="min",
             search_alg=searcher,
             scheduler=scheduler,
-            num_samples=remaining_trials(stage.total, known),
+            num_samples=remaining_trials(stage.total, recorder.records),
             max_concurrent_trials=in_flight,
             reuse_actors=True,
             time_budget_s=None if deadline is None else max(1.0, deadline - time.monotonic()),
@@ -262,11 +280,6 @@ def _fit(
             checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
         ),
     )
-    try:
-        with _quiet_tune(), stop.finishing_rungs():
-            tuner.fit()
-    finally:
-        searcher.close()
 
 
 def _dashboard_url(ray: Any) -> str | None:

@@ -17,11 +17,13 @@ from desisky_tune.search.backend import Assignment, Progress
 from desisky_tune.search.export import trial_record, write_in_reference_order
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.origin import SearchRun, checkpoint_header, open_run
+from desisky_tune.search.pretraining import open_pretraining
 from desisky_tune.search.space import SearchSpec, resolved_dict, spec_from_dict
 
 if TYPE_CHECKING:
     from desisky_tune.data.features import FeatureTable
     from desisky_tune.data.splits import Split
+    from desisky_tune.search.pretraining import Pretraining
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class SingleTraining:
         The exposures. The test rows are not looked at.
     origin
         For the checkpoint's header under ``search``: the run and trial it repeats.
+    pretraining
+        What the run's trials began with; None where weights are drawn.
     """
 
     spec: SearchSpec
@@ -48,6 +52,7 @@ class SingleTraining:
     table: FeatureTable
     split: Split
     origin: Mapping[str, Any] | None = None
+    pretraining: Pretraining | None = None
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -120,7 +125,9 @@ def repeated_training(
     sections["space"] = {**record.configuration, **(space or {})}
     spec = spec_from_dict(sections, where="train")
     origin = {"run": folder.name, "trial": record.number}
-    return SingleTraining(spec, spec.fixed_configuration(), seed, run.table, run.split, origin)
+    configuration = spec.fixed_configuration()
+    start = open_pretraining(run)
+    return SingleTraining(spec, configuration, seed, run.table, run.split, origin, start)
 
 
 def train_single(
@@ -165,7 +172,9 @@ def train_single(
     progress: Progress | None = None
     with tempfile.TemporaryDirectory(prefix="desisky-tune-train-") as scratch:
         folder = Path(scratch)
-        backend = LocalBackend(arrays, plan.spec.training, folder, _header(plan))
+        backend = LocalBackend(
+            arrays, plan.spec.training, folder, _header(plan), pretraining=plan.pretraining
+        )
         try:
             last = plan.spec.training.epochs
             for epochs in _stops(last, every):

@@ -22,10 +22,12 @@ from desisky_tune.search.arrays import SearchArrays
 from desisky_tune.search.backend import CURVE_SERIES, Assignment, Member, Progress
 from desisky_tune.search.local import member_header, write_checkpoint
 from desisky_tune.search.pooling import MemberCurve, member_progress, pool, pooled_progress
+from desisky_tune.search.pretraining import PretrainedWeights
 from desisky_tune.search.slot_banks import Outcome, SlotBanks, Work
 from desisky_tune.search.trial_files import TrialFiles
 
 if TYPE_CHECKING:
+    from desisky_tune.search.pretraining import Pretraining
     from desisky_tune.search.space import TrainingSpec
     from desisky_tune.search.storage import RunMirror
     from desisky_tune.training.slots import SlotShape
@@ -73,6 +75,8 @@ class SlotBackend:
         Trainings of one shape that may be under way at a time: bounds what a calibration finds.
     precision
         Of the matrix products on a GPU: "float32", "tf32x3" or "tf32".
+    pretraining
+        What trainings begin with; None where their weights are drawn.
 
     Attributes
     ----------
@@ -95,6 +99,7 @@ class SlotBackend:
         slots: int | None = None,
         expected: int | None = None,
         precision: str = "float32",
+        pretraining: Pretraining | None = None,
     ) -> None:
         from desisky_tune.search.slot_settings import SlotPlan
         from desisky_tune.training.slot_rows import FoldRows, slot_rows
@@ -111,6 +116,7 @@ class SlotBackend:
         self._plan = SlotPlan(rows, folder, training.loss, slots, expected, precision)
         self._banks = SlotBanks(rows)
         self.meter = self._banks.meter
+        self._start = PretrainedWeights(pretraining, self.meter)
         self._trials: dict[int, _Trial] = {}
         self._lock = threading.Lock()
 
@@ -161,7 +167,7 @@ class SlotBackend:
                 training=self._training,
                 features=self._features,
                 scaling=self._folds[member.fold].scaling,
-                header=self._header,
+                header={**self._header, **self._start.header(trial.configuration)},
             )
             self._files.write_weights(trial, write)
 
@@ -170,6 +176,7 @@ class SlotBackend:
     ) -> None:
         """Write the weights of every member at the best epoch of its seed's pooled curve."""
         best_epochs = pool(self._curves(trainings)).best_epochs
+        header = {**self._header, **self._start.header(trial.configuration)}
         again = [
             member
             for member, training in trainings.items()
@@ -207,7 +214,7 @@ class SlotBackend:
                 training=self._training,
                 features=self._features,
                 scaling=self._folds[member.fold].scaling,
-                header=member_header(self._header, member),
+                header=member_header(header, member),
             )
             self._files.write_member(trial, member, write)
 
@@ -295,7 +302,9 @@ class SlotBackend:
         from desisky_tune.training.slot_state import fresh_state
 
         width = int(trial.configuration["width"])
-        return fresh_state(len(self._features), len(BANDS), width, shape.depth, member.seed)
+        scaling = self._folds[member.fold].scaling
+        model = self._start.initial_model(trial.configuration, member.seed, scaling)
+        return fresh_state(len(self._features), len(BANDS), width, shape.depth, member.seed, model)
 
     def _model(self, trial: Assignment, parameters: Any) -> Any:
         from desisky_tune.training.slot_state import model_of

@@ -44,6 +44,9 @@ from desisky_tune.search.reading import (
 )
 from desisky_tune.search.records import parameter_count
 
+#: What ``pretrain`` calls the simulated catalogue.
+SIMULATED = "simulated"
+
 #: What constraints call the number of weights and biases.
 PARAMETERS = "parameters"
 
@@ -66,6 +69,11 @@ def _seconds(value: Any) -> Any:
         raise PydanticCustomError("duration", "must be seconds, or a time such as '10m' or '1h30m'")
     hours, minutes, seconds = (float(part or 0) for part in match.groups())
     return 3600 * hours + 60 * minutes + seconds
+
+
+def _pretrain_section(value: Any) -> Any:
+    """Take 'simulated', a run or a checkpoint for the section that names it alone."""
+    return {"source": value} if isinstance(value, str) else value
 
 
 def _auto(value: Any) -> Any:
@@ -143,6 +151,45 @@ class TrainingSpec(_Section):
     seed: Seed = 0
 
 
+class PretrainSpec(_Section):
+    """Where the weights come from with which every training begins.
+
+    Attributes
+    ----------
+    source
+        ``simulated``: pretrained on a simulated catalogue. Else the folder or URL of a run,
+        whose winner's weights are taken, or the path of a checkpoint (.eqx).
+    exposures, seed
+        Of the simulated catalogue; it is cut to ``data.subset``.
+    epochs, learning_rate, batch_size
+        Of the pretraining on it.
+    """
+
+    source: Text
+    exposures: Annotated[Whole, Field(ge=200, le=18_000)] = 6000
+    epochs: Annotated[Whole, Field(ge=1, le=1_000_000)] = 60
+    learning_rate: Annotated[Real, Field(gt=0, le=10)] = 1e-3
+    batch_size: Annotated[Whole, Field(ge=1, le=1_000_000)] = 32
+    seed: Seed = 0
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the weights are trained here, on a simulated catalogue."""
+        return self.source == SIMULATED
+
+    @model_validator(mode="after")
+    def _given_weights_are_not_trained(self) -> PretrainSpec:
+        fields = type(self).model_fields
+        problems = [
+            Problem(f"pretrain.{name}", value, f"is of pretrain.source = {SIMULATED} alone")
+            for name, value in self.model_dump().items()
+            if name != "source" and not self.simulated and value != fields[name].default
+        ]
+        if problems:
+            raise PydanticCustomError("parameters", "see problems", {"problems": problems})
+        return self
+
+
 class SearchOptions(_Section):
     """How the space is searched.
 
@@ -165,6 +212,8 @@ class SearchOptions(_Section):
         Finished trials before tpe, gp and cmaes learn from them.
     max_failures
         How often a trial whose process died is started again.
+    deterministic
+        Let nothing that is suggested or stopped depend on which trial happens to end first.
     default_first
         Make the documented default trial 0, trained in full.
     objectives
@@ -186,6 +235,7 @@ class SearchOptions(_Section):
     time_limit: Annotated[Annotated[Real, Field(gt=0)] | None, BeforeValidator(_seconds)] = None
     startup_trials: Annotated[Whole, Field(ge=1)] = 10
     max_failures: Annotated[Whole, Field(ge=0, le=100)] = 2
+    deterministic: StrictBool = False
     default_first: StrictBool = True
     objectives: tuple[Literal["rmse", "parameters"], ...] = ("rmse",)
     max_parameters: Annotated[Whole, Field(ge=1)] | None = None
@@ -335,12 +385,15 @@ class SearchSpec(_Section):
     space
         Every hyperparameter; those that a file does not mention keep one value, the
         documented default's.
+    pretrain
+        Where the first weights come from; None draws them, by the seed.
     """
 
     name: Annotated[Text, AfterValidator(valid_run_name)] = "search"
     data: DataSpec = DataSpec()
     split: SplitSpec = SplitSpec()
     space: dict[str, Any] = Field(default_factory=dict, validate_default=True)
+    pretrain: Annotated[PretrainSpec | None, BeforeValidator(_pretrain_section)] = None
     training: TrainingSpec = TrainingSpec()
     search: SearchOptions = SearchOptions()
     evaluation: EvaluationSpec = EvaluationSpec()
@@ -374,6 +427,31 @@ class SearchSpec(_Section):
                 self.space["huber_delta"].entry(),
                 "training.loss is l2, which has no delta: leave huber_delta out or give one value",
             )
+            raise PydanticCustomError("parameters", "see problems", {"problems": [problem]})
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_calibrated(self) -> SearchSpec:
+        resources = self.resources
+        if self.search.deterministic and resources.gpus_per_trial and resources.slots is None:
+            rule = (
+                "with search.deterministic on GPUs it must be a number: a calibration goes by the "
+                "clock, and the last bits of all figures by the slots"
+            )
+            problem = Problem("resources.slots", "auto", rule)
+            raise PydanticCustomError("parameters", "see problems", {"problems": [problem]})
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_pretrained(self) -> SearchSpec:
+        alone = all(isinstance(parameter, Fixed) for parameter in self.space.values())
+        default = default_configuration(self)
+        if self.pretrain and self.fixed_configuration() == default and alone:
+            rule = (
+                "nothing would begin with these weights: the space holds the documented default "
+                "alone, which is always trained from weights of its own"
+            )
+            problem = Problem("pretrain", self.pretrain.source, rule)
             raise PydanticCustomError("parameters", "see problems", {"problems": [problem]})
         return self
 
@@ -445,6 +523,13 @@ class SearchSpec(_Section):
         """Whether trial 0 is the documented default."""
         wanted = self.search.default_first
         return wanted and self.broken_constraint(default_configuration(self)) is None
+
+    def is_pretrained(self, configuration: Mapping[str, Any]) -> bool:
+        """Whether a configuration begins with the weights of ``pretrain``.
+
+        The documented default never does: beside it stands what the transfer is worth.
+        """
+        return self.pretrain is not None and dict(configuration) != default_configuration()
 
     def fixed_configuration(self) -> dict[str, int | float]:
         """Return the hyperparameters that have one value."""

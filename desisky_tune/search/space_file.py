@@ -15,7 +15,7 @@ from desisky_tune.data.names import nearest_name
 from desisky_tune.errors import SpaceError
 from desisky_tune.search.parameters import ENTRY_KEYS, HYPERPARAMETERS
 from desisky_tune.search.reading import Problem, unknown_key
-from desisky_tune.search.space import SearchSpec
+from desisky_tune.search.space import SIMULATED, SearchSpec
 from desisky_tune.search.yaml_reader import YamlError, read_yaml
 
 #: A space file is a page of text; what is larger is something else.
@@ -94,6 +94,7 @@ def load_spec(
     content = copy.deepcopy(content)
     content.setdefault("name", path.stem)
     sources = _apply(content, overrides)
+    _adopt_architecture(content)
     return check(content, where=str(path), sources=sources)
 
 
@@ -116,9 +117,10 @@ def check(
     SpaceError
         With one line per problem.
     """
-    # A section whose every line is commented out reads as nothing.
+    # A section whose every line is commented out reads as nothing; no pretraining is none.
+    sections_of = [name for name in SearchSpec.model_fields if name != "pretrain"]
     sections = {
-        name: {} if value is None and name in SearchSpec.model_fields else value
+        name: {} if value is None and name in sections_of else value
         for name, value in content.items()
     }
     try:
@@ -131,6 +133,17 @@ def check(
         given = f" = {_show(problem.given)}" if problem.field else ""
         lines.append(f"{source}: {problem.field}{given}: {problem.rule}")
     raise SpaceError("\n".join(dict.fromkeys(lines)))
+
+
+def _adopt_architecture(content: dict[str, Any]) -> None:
+    """Let the width and depth of given weights stand where a file says nothing of them."""
+    section, space = content.get("pretrain"), content.get("space") or {}
+    source = section.get("source") if isinstance(section, Mapping) else section
+    if not isinstance(source, str) or source == SIMULATED or not isinstance(space, Mapping):
+        return
+    from desisky_tune.search.given_weights import architecture_of
+
+    content["space"] = {**architecture_of(source), **space}
 
 
 def _read(path: Path) -> Any:
@@ -173,7 +186,9 @@ def _require_known(override: str, keys: list[str]) -> None:
     for depth, key in enumerate(keys):
         if isinstance(model, type) and issubclass(model, BaseModel):
             allowed = list(model.model_fields)
-            following: Any = model.model_fields[key].annotation if key in allowed else None
+            following: Any = (
+                _section(model.model_fields[key].annotation) if key in allowed else None
+            )
         elif keys[0] == "space" and depth == 1:
             allowed, following = list(HYPERPARAMETERS), None
         elif keys[0] == "space" and depth == 2:
@@ -191,6 +206,8 @@ def _set(content: dict[str, Any], keys: list[str], value: Any, override: str) ->
     place = content
     for depth, key in enumerate(keys[:-1], start=1):
         inner = place.setdefault(key, {})
+        if key == "pretrain" and isinstance(inner, str):
+            inner = place[key] = {"source": inner}
         if inner is None:
             inner = place[key] = {}
         if not isinstance(inner, dict):
@@ -253,9 +270,13 @@ _RULES: Mapping[str, str] = {
 def _allowed(location: Sequence[Any]) -> list[str]:
     model: Any = SearchSpec
     for part in location:
-        model = model.model_fields[part].annotation
-        model = next((each for each in get_args(model) if isinstance(each, type)), model)
+        model = _section(model.model_fields[part].annotation)
     return list(model.model_fields)
+
+
+def _section(annotation: Any) -> Any:
+    """Return the type that an annotation names beside None."""
+    return next((each for each in get_args(annotation) if isinstance(each, type)), annotation)
 
 
 def _source(field: str, sources: Mapping[str, str]) -> str | None:

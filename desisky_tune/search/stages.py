@@ -20,6 +20,7 @@ from desisky_tune.search.folds import (
     search_arrays,
     search_members,
 )
+from desisky_tune.search.ordering import OrderedScheduler, OrderedSearch, Ordering
 from desisky_tune.search.origin import SearchRun
 from desisky_tune.search.records import TrialRecord
 from desisky_tune.search.schedulers import FullScheduler, Scheduler, make_scheduler
@@ -39,6 +40,7 @@ class Stage(Protocol):
     members: tuple[Member, ...]
     keep_members: bool
     time_limit: float | None
+    ordered: bool
 
     def arrays(self) -> SearchArrays:
         """Return the rows that its trials see."""
@@ -46,7 +48,7 @@ class Stage(Protocol):
 
     def begin(
         self, known: Sequence[TrialRecord], workers: int, stop: StopRequest
-    ) -> tuple[Any, Scheduler]:
+    ) -> tuple[Any, Any]:
         """Return the searcher (with a `close`) and the scheduler of a session."""
         ...
 
@@ -60,6 +62,7 @@ class SearchStage:
 
     name = "search"
     sessions = "session"
+    ordered = True
     keep_members = False
 
     def __init__(self, run: SearchRun) -> None:
@@ -76,18 +79,38 @@ class SearchStage:
 
     def begin(
         self, known: Sequence[TrialRecord], workers: int, stop: StopRequest
-    ) -> tuple[StudySearch, Scheduler]:
+    ) -> tuple[Any, Any]:
         """Write the study anew, and put trials that were under way first."""
         spec, folder = self._run.spec, self._run.folder
         finished = {record.number for record in known}
         handed_out = sorted(folder.read_started().items())
         # Also where no trial has begun: a killed driver may have left a study with one in it.
+        if spec.search.deterministic:
+            return self._begin_ordered(known, handed_out, workers, stop)
         rebuild_study(folder.study, spec, known)
         searcher = StudySearch(spec, folder.study, workers=workers)
         searcher.prime(known, [(n, c) for n, c in handed_out if n not in finished])
         scheduler = make_scheduler(spec, stop)
         scheduler.prime(known)
         return searcher, scheduler
+
+    def _begin_ordered(
+        self,
+        known: Sequence[TrialRecord],
+        handed_out: Sequence[tuple[int, Mapping[str, Any]]],
+        workers: int,
+        stop: StopRequest,
+    ) -> tuple[OrderedSearch, OrderedScheduler]:
+        """Go through all of the search again, up to where it stands."""
+        spec, folder = self._run.spec, self._run.folder
+        rebuild_study(folder.study, spec, ())
+        searcher = StudySearch(spec, folder.study, workers=workers)
+        try:
+            ordering = Ordering(searcher, make_scheduler(spec), workers, known, dict(handed_out))
+        except BaseException:
+            searcher.close()
+            raise
+        return OrderedSearch(ordering, searcher), OrderedScheduler(ordering, stop)
 
     def conclude(self, records: Sequence[TrialRecord]) -> None:
         """Write the study anew: trials under way were not told to it."""
@@ -107,6 +130,7 @@ class FinalistStage:
 
     name = "finalists"
     sessions = "finalists"
+    ordered = False
     keep_members = True
     time_limit: float | None = None
 

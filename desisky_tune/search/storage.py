@@ -48,6 +48,8 @@ _OPENED_WITH = (
     "report/",
     "ensemble/",
     "out_of_fold",
+    "pretrained/given",
+    "pretrained/simulated",
 )
 
 

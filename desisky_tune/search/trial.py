@@ -17,6 +17,7 @@ from ray import tune
 
 from desisky_tune.errors import EngineError
 from desisky_tune.search.backend import Assignment, Backend, Member, stopped_by
+from desisky_tune.search.verdicts import GO, STOP
 
 #: Seconds that a first result waits for the other trial processes to start.
 ROSTER_PATIENCE = 60.0
@@ -40,6 +41,8 @@ class TrialPlan:
         What each trial trains, where it is more than one training.
     keep_members
         Whether the weights of each training are kept.
+    judged
+        Whether a trial waits at each rung for a verdict (`desisky_tune.search.ordering`).
     """
 
     rungs: tuple[int, ...]
@@ -48,12 +51,15 @@ class TrialPlan:
     environment: Mapping[str, str]
     members: tuple[Member, ...] = ()
     keep_members: bool = False
+    judged: bool = False
 
 
 class SearchTrial(tune.Trainable):
     """One trial: advances to the next rung at each step."""
 
     _epochs: int
+    #: Its last report.
+    _reached: dict[str, Any] | None
 
     # Ray Tune calls setup with what `tune.with_parameters` was given.
     def setup(  # type: ignore[override]
@@ -64,6 +70,7 @@ class SearchTrial(tune.Trainable):
         self._plan = plan
         self._backend = plan.backend()
         self._roster = roster
+        self._judge = roster if plan.judged else None
         if roster is not None:
             roster.join.remote(f"{self._local_ip}:{os.getpid()}")
         self._begin(config)
@@ -75,6 +82,13 @@ class SearchTrial(tune.Trainable):
         and not the process: the same configuration would raise again. A fault of the
         machine (a full disk, engines that are gone) is none of the trial's: it is raised.
         """
+        if self._judge is not None and self._reached is not None:
+            import ray
+
+            number = self._assignment.number
+            verdict = ray.get(self._judge.verdict.remote(number, self._epochs))
+            if verdict != GO:
+                return {**self._reached, "done": verdict == STOP}
         target = next(rung for rung in self._plan.rungs if rung > self._epochs)
         try:
             progress = self._backend.advance(self._assignment, target)
@@ -89,12 +103,12 @@ class SearchTrial(tune.Trainable):
             self._roster = None
         self._epochs = progress.epochs
         done = progress.failed or progress.epochs >= self._plan.rungs[-1]
-        return {
+        self._reached = {
             **progress.as_result(self._plan.rungs),
             "seed": self._plan.seed,
             "members": len(self._assignment.trainings),
-            "done": done,
         }
+        return {**self._reached, "done": done}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Release the trial that was, and begin the next in the same process."""
@@ -122,3 +136,4 @@ class SearchTrial(tune.Trainable):
             self._plan.keep_members,
         )
         self._epochs = 0
+        self._reached = None

@@ -22,7 +22,8 @@ nights. A MODEL is ``winner``, ``default`` (the documented default, trained alik
 of the training rows. ``folds``: the training and validation rows, each by models of the
 other folds; the winner and the baselines were then fitted to all of these rows before they
 met the test rows. There are then also ``final_fit`` (epochs, seed, rows, and the RMSE on the
-rows that were fitted) and ``finalists``, their board.
+rows that were fitted) and ``finalists``, their board. ``pretrain`` says what the trials began
+with, where their weights were not drawn.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ from desisky_tune.search.finalists import (
     write_out_of_fold,
 )
 from desisky_tune.search.folder import write_json
+from desisky_tune.search.pretraining import pretrain_sentence
 from desisky_tune.search.space import default_configuration
 from desisky_tune.search.trial_files import final_path
 
@@ -195,9 +197,15 @@ def _conclude(
             else {}
         ),
         **validated,
+        **_said_of_pretraining(run),
     }
     write_json(run.folder.evaluation, evaluation)
     return evaluation
+
+
+def _said_of_pretraining(run: SearchRun) -> dict[str, str]:
+    note = run.folder.read_search().get("pretrain")
+    return {} if note is None else {"pretrain": pretrain_sentence(note)}
 
 
 def _measure_on_test(run: SearchRun, models: Mapping[str, Predict]) -> Errors:

@@ -21,8 +21,17 @@ from desisky_tune.training.steps import AdamState
 Array = NDArray[np.float32]
 
 
-def fresh_state(in_size: int, out_size: int, width: int, depth: int, seed: int) -> TrainState:
-    """Begin a training with the weights of ``equinox.nn.MLP(..., key=PRNGKey(seed))``.
+def fresh_state(
+    in_size: int,
+    out_size: int,
+    width: int,
+    depth: int,
+    seed: int,
+    model: eqx.nn.MLP | None = None,
+) -> TrainState:
+    """Begin a training with a model's weights, in scaled space.
+
+    Those of ``equinox.nn.MLP(..., key=PRNGKey(seed))`` where no model is given.
 
     Returns
     -------
@@ -30,8 +39,9 @@ def fresh_state(in_size: int, out_size: int, width: int, depth: int, seed: int) 
         NumPy arrays, as `desisky_tune.training.program.Program.init` has them on the device.
     """
     # A new width compiles the draws of its arrays anew: on the host that takes a tenth of a GPU's.
-    with jax.default_device(_host()):
-        model = eqx.nn.MLP(in_size, out_size, width, depth, key=jax.random.PRNGKey(seed))
+    if model is None:
+        with jax.default_device(_host()):
+            model = eqx.nn.MLP(in_size, out_size, width, depth, key=jax.random.PRNGKey(seed))
     weights = [np.asarray(layer.weight) for layer in model.layers]
     biases = [np.asarray(layer.bias) for layer in model.layers]
     rest = [weights[0].T.ravel(), biases[0], weights[-1].ravel(), *biases[1:]]

@@ -58,6 +58,7 @@ def facts(run: LoadedRun) -> dict[str, Any]:
             for part in ("train", "validation", "test")
         ],
         "versions": run.search.get("versions", {}),
+        "pretrain": run.evaluation.get("pretrain"),
     }
 
 
