@@ -30,18 +30,18 @@ from numpy.typing import NDArray
 from desisky_tune.errors import InputError
 from desisky_tune.training.arrays import (
     Curve,
-    Hyperparameters,
     TargetScale,
     TrainingArrays,
     TrainState,
     curve_of,
     training_arrays,
 )
+from desisky_tune.training.hyperparameters import Hyperparameters, steps_per_epoch
 from desisky_tune.training.lean import LeanStepper
 from desisky_tune.training.losses import named_loss
 from desisky_tune.training.names import SELECTIONS
 from desisky_tune.training.shuffle import epoch_order
-from desisky_tune.training.steps import GenericStepper, Stepper, trainable
+from desisky_tune.training.steps import ExtendedStepper, GenericStepper, Stepper, trainable
 
 if TYPE_CHECKING:
     from desisky_tune.training.native.program import NativeProgram
@@ -87,6 +87,9 @@ class Program:
         Epochs that one device call can record.
     lean
         False takes the general step where the lean one would fit (for comparison).
+    extended
+        Take what `Hyperparameters` may ask for beside a learning rate: schedule, weight decay,
+        clipping. Not with an optimizer of your own.
     """
 
     def __init__(
@@ -102,10 +105,13 @@ class Program:
         drop_last: bool = False,
         capacity: int = DEFAULT_CAPACITY,
         lean: bool = True,
+        extended: bool = False,
     ) -> None:
         check_settings(
             batch_size=batch_size, loss=loss, select=select, validate_every=validate_every
         )
+        if extended and optimizer is not None:
+            raise InputError("Program: extended is not for an optimizer of your own")
         if capacity < 1:
             raise InputError(f"Program: capacity is {capacity}; it must be at least 1")
         self._loss = named_loss(loss)
@@ -121,7 +127,10 @@ class Program:
         self._drop_last = drop_last
         self._capacity = capacity
         self._stepper: Stepper
-        if lean and optimizer is None and LeanStepper.fits(model):
+        self._extended = extended
+        if extended:
+            self._stepper = ExtendedStepper(self._skeleton)
+        elif lean and optimizer is None and LeanStepper.fits(model):
             self._stepper = LeanStepper(self._skeleton, batch_size)
         else:
             self._stepper = GenericStepper(self._skeleton, optimizer)
@@ -181,7 +190,7 @@ class Program:
         state, curve
             Where the training stands now, and the epochs just done.
         """
-        rate = jnp.float32(hyperparameters.learning_rate)
+        rate = self._rate(hyperparameters, len(arrays.train_inputs))
         delta = jnp.float32(hyperparameters.huber_delta)
         rows: list[NDArray[np.float32]] = []
         while epochs > 0:
@@ -201,7 +210,8 @@ class Program:
         Without it the first training of a shape compiles as it goes.
         """
         state = self.init(0)
-        rate, delta = jnp.float32(1e-4), jnp.float32(1.0)
+        rate = self._rate(Hyperparameters(1e-4), len(arrays.train_inputs))
+        delta = jnp.float32(1.0)
         state, _, table = self._advance(state, arrays, rate, delta, jnp.int32(0))
         self._unpack(state.best_parameters)
         table.block_until_ready()
@@ -251,6 +261,16 @@ class Program:
         return read_state(path, like)
 
     # ------------------------------------------------------------------ inside the compiled part
+
+    def _rate(self, hyperparameters: Hyperparameters, rows: int) -> Any:
+        """Return what the stepper takes for a learning rate."""
+        if self._extended:
+            return hyperparameters.steps(steps_per_epoch(rows, self._batch_size, self._drop_last))
+        if hyperparameters.extended:
+            raise InputError(
+                "Program: a schedule, weight decay or clipping needs a program made with extended"
+            )
+        return jnp.float32(hyperparameters.learning_rate)
 
     def _fresh(self, seed: int) -> eqx.nn.MLP:
         skeleton = self._skeleton
@@ -465,6 +485,7 @@ def program_for(
     shuffle: bool = True,
     drop_last: bool = False,
     core: str = "auto",
+    extended: bool = False,
 ) -> Program | NativeProgram:
     """Return the program of an MLP's shape; asked for again, the same one, compiled already.
 
@@ -479,6 +500,8 @@ def program_for(
     core
         "auto": the native core on a CPU where it can be had and knows the loss, else XLA.
         "xla": XLA. The environment's ``DESISKY_TUNE_CORE=xla`` makes "auto" mean that, too.
+    extended
+        As for `Program`; the native core always is.
     """
     settings: dict[str, Any] = {
         "batch_size": batch_size,
@@ -499,7 +522,7 @@ def program_for(
     skeleton = eqx.filter_eval_shape(
         eqx.nn.MLP, in_size, out_size, width, depth, key=jax.random.PRNGKey(0)
     )
-    return Program(skeleton, optimizer=optimizer, capacity=epochs, **settings)
+    return Program(skeleton, optimizer=optimizer, capacity=epochs, extended=extended, **settings)
 
 
 def check_settings(
