@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
+import optuna
 import pytest
+from virtual_clock import FakeBackend, VirtualSearch
 
 from desisky_tune.io import load_model
 from desisky_tune.search.arrays import Fold, SearchArrays
 from desisky_tune.search.backend import Assignment, Backend, Member, Progress
 from desisky_tune.search.final_fit import FinalFit, train_through
+from desisky_tune.search.hyperparameters import OPTIONAL
+from desisky_tune.search.leaderboard import leaderboard, to_rows
 from desisky_tune.search.local import LocalBackend, checkpoint_path, member_path
 from desisky_tune.search.pooling import MemberCurve, pool, pooled_progress
 from desisky_tune.search.records import finish
 from desisky_tune.search.schedulers import RungScheduler
+from desisky_tune.search.searcher import close_storage, open_storage
 from desisky_tune.search.sections import TrainingSpec
 from desisky_tune.search.slot_backend import SlotBackend
+from desisky_tune.search.space import resolved_dict, spec_from_dict
+from desisky_tune.search.tables import trials_table
 from desisky_tune.search.trial import SearchTrial, TrialPlan
 from desisky_tune.training.scaling import Scaling
+from desisky_tune.visualization.search import plot_parallel_coordinates, plot_slice
 
 TRAINING = TrainingSpec(epochs=40)
 PATIENCE = 4
@@ -170,6 +180,85 @@ def test_each_option_reaches_the_training(
 
 
 # ---------------------------------------------------------------- what the search makes of it
+
+
+def soon_flat(configuration: Mapping[str, Any], epoch: int) -> float:
+    return 0.2 + 0.8 * math.exp(-epoch / 5) + 0.01 * math.sin(7.3 * epoch)
+
+
+class Patient(FakeBackend):
+    """Ends a trial as `early_stopping` says."""
+
+    def __init__(self) -> None:
+        super().__init__(curve_of=soon_flat)
+
+    def advance(self, trial: Assignment, epochs: int) -> Progress:
+        progress = super().advance(trial, epochs)
+        patience = trial.configuration["early_stopping"]
+        end = first_stop([progress.objectives], patience) if patience else None
+        if end is None:
+            return progress
+        return replace(super().advance(trial, end), stopped=True)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc"])
+def test_a_search_of_optional_hyperparameters(sampler: str, tmp_path: Path) -> None:
+    spec = spec_from_dict(
+        {
+            "space": {
+                "width": {"low": 16, "high": 256, "log": True},
+                "schedule": {"choices": ["constant", "cosine"]},
+                "warmup": {"low": 0, "high": 0.2, "when": "schedule == 'cosine'"},
+                "weight_decay": {"low": 1e-5, "high": 1e-1, "log": True},
+                "gradient_clip": {"choices": [0, 0.1]},
+                "early_stopping": {"choices": [0, 5]},
+            },
+            "training": {"epochs": 60},
+            "search": {
+                "trials": 9, "sampler": sampler, "startup_trials": 4, "grace": 10,
+            },
+        }
+    )  # fmt: skip
+    first = VirtualSearch(spec, tmp_path, workers=2, backend=Patient())
+    first.run(until=first.clock + 4)
+    search = VirtualSearch(spec, tmp_path, workers=2, backend=Patient())
+    records = search.run()
+    assert [record.number for record in records] == list(range(9))
+    early = [r for r in records if r.state == "COMPLETE" and r.epochs < 60]
+    assert early
+    for record in records:
+        patience = record.configuration["early_stopping"]
+        stopped = patience and record.epochs - 1 - (record.best_epoch or 0) >= patience
+        assert (record.state == "COMPLETE") == bool(stopped or record.epochs == 60)
+    storage = open_storage(tmp_path / "study.db")
+    trials = optuna.load_study(study_name=spec.name, storage=storage).trials
+    close_storage(storage)
+    assert [trial.state.name for trial in trials] == [record.state for record in records]
+    assert {each.params["schedule"] for each in trials[1:]} == {"constant", "cosine"}
+    assert "weight_decay" not in trials[0].params
+    assert records[0].configuration["weight_decay"] == 0
+
+    board = leaderboard(records)
+    header, rows = to_rows(board)
+    shown = ["schedule", "warmup", "decay", "clip", "patience"]
+    assert [title for title in header if title in (*shown, "final")] == shown
+    assert all(len(row) == len(header) for row in rows)
+    table = trials_table(records)
+    assert table["schedule"].to_pylist() == [r.configuration["schedule"] for r in records]
+    assert table["final_rate"].to_pylist() == [0.0] * 9
+    space = resolved_dict(spec)["space"]
+    for name in ("schedule", "weight_decay", "early_stopping"):
+        plt.close(plot_slice(records, name, space))
+    plt.close(plot_parallel_coordinates(records, space))
+
+
+def test_runs_without_optional_hyperparameters_show_none() -> None:
+    result = {"epochs": 9, "objective": 0.3, "best_epoch": 3, "rmse": {}, "seconds": 1.0}
+    record = finish(number=0, configuration=CONFIGURATION, result=result, max_epochs=9)
+    header, _ = to_rows(leaderboard([record]))
+    assert "schedule" not in header
+    row = trials_table([record]).to_pylist()[0]
+    assert [row[name] for name in OPTIONAL] == ["constant", 0.0, 0.0, 0.0, 0.0, 0]
 
 
 def test_the_rule_on_every_short_curve_is_the_definition() -> None:
