@@ -112,6 +112,7 @@ def write_final_fit(run: SearchRun, fit: FinalFit, path: Path) -> Path:
             "per_band_rmse": dict(fit.validated),
             "config": {
                 "epochs": fit.epochs,
+                **_schedule_span(fit.configuration, run.spec.training.epochs),
                 "loss": run.spec.training.loss,
                 **{k: v for k, v in fit.configuration.items() if k not in ("width", "depth")},
             },
@@ -171,6 +172,12 @@ def train_through(
             " the folds none was"
         )
     return program.last_model(state), curve
+
+
+def _schedule_span(configuration: Mapping[str, Any], epochs: int) -> dict[str, int]:
+    """Say how many epochs a schedule spans, which is more than were trained; nothing without."""
+    scheduled = of_training(configuration, epochs).scheduled
+    return {"schedule_epochs": epochs} if scheduled else {}
 
 
 def fitted_split(run: SearchRun, split: Mapping[str, Any]) -> dict[str, Any]:

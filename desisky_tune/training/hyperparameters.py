@@ -64,7 +64,7 @@ class Hyperparameters:
             "final_rate": (0 <= self.final_rate <= 1, "from 0 to 1"),
             "weight_decay": (_at_least_zero(self.weight_decay), "a number of at least 0"),
             "gradient_clip": (_at_least_zero(self.gradient_clip), "a number of at least 0"),
-            "epochs": (self.epochs >= (1 if self._scheduled else 0), "at least 1 with a schedule"),
+            "epochs": (self.epochs >= (1 if self.scheduled else 0), "at least 1 with a schedule"),
         }
         for name, (kept, rule) in rules.items():
             if not kept:
@@ -72,13 +72,14 @@ class Hyperparameters:
                 raise InputError(f"Hyperparameters: {name} is {given!r}; it must be {rule}")
 
     @property
-    def _scheduled(self) -> bool:
+    def scheduled(self) -> bool:
+        """Whether the rate changes from step to step."""
         return self.schedule != "constant" or self.warmup > 0
 
     @property
     def extended(self) -> bool:
         """Whether anything beside plain Adam at one rate is asked for."""
-        return self._scheduled or self.weight_decay > 0 or self.gradient_clip > 0
+        return self.scheduled or self.weight_decay > 0 or self.gradient_clip > 0
 
     def steps(self, per_epoch: int) -> StepSettings:
         """Return what each step needs to know, where an epoch has `per_epoch` of them."""

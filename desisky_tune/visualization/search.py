@@ -148,7 +148,12 @@ def plot_slice(records: Sequence[TrialRecord], name: str, space: Space) -> Figur
             axes.set_xticks(range(len(places)), [_plain(place) for place in places])
         elif space[name].get("log"):
             axes.set_xscale("log")
-            values = _off_aside(values, space[name])
+            if min(values, default=1) <= 0:
+                values = _off_aside(values, space[name])
+                below = axes.get_xaxis_transform()
+                axes.text(
+                    min(values), -0.04, "off", transform=below, ha="center", va="top", fontsize=8
+                )
             low, high = min(space[name]["low"], *values), max(space[name]["high"], *values)
             axes.set_xlim(low / (high / low) ** 0.04, high * (high / low) ** 0.04)
             axes.xaxis.set_major_locator(
@@ -360,8 +365,10 @@ def _unit(values: Any, entry: Mapping[str, Any]) -> tuple[np.ndarray, Any, Any]:
         stops = _stops(choices, list(values))
         places = np.array([stops.index(value) for value in values]) / max(len(stops) - 1, 1)
         return places, stops[0], stops[-1]
-    if entry.get("log"):
+    if entry.get("log") and min(values, default=1) <= 0:
         values = _off_aside(values, entry)
+        places, _, high = _unit(values, entry)
+        return places, "off", high
     numbers = np.asarray(values, dtype=float)
     low = min(float(entry.get("low", numbers.min())), float(numbers.min()))
     high = max(float(entry.get("high", numbers.max())), float(numbers.max()))
