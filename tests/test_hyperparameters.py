@@ -29,7 +29,6 @@ SHAPE: dict[str, Any] = {"in_size": 6, "out_size": 4, "width": 12, "depth": 3, "
 PLAIN = Hyperparameters(3e-3, 0.25)
 
 EXTENDED = {
-    "cosine": Hyperparameters(3e-3, 0.25, schedule="cosine", epochs=EPOCHS),
     "warm": Hyperparameters(3e-3, 0.25, warmup=0.3, epochs=EPOCHS),
     "warm cosine": Hyperparameters(
         3e-3, 0.25, schedule="cosine", warmup=0.2, final_rate=0.1, epochs=EPOCHS

@@ -145,8 +145,12 @@ class LocalBackend:
             progress: Progress | None = None
             while progress is None or not progress.ends_at(epochs):
                 goal = next_goal(trial, trainings, self._validation, epochs)
-                self._train_all(trial, trainings, goal)
+                # On the way to where early stopping looks again, nothing need be on disk.
+                self._train_all(trial, trainings, goal, keep=goal == epochs)
                 progress = self._progress(trial, trainings)
+                if progress.stopped and goal < epochs:
+                    for member, training in trainings.items():
+                        self._save(trial, member, training)
             complete = progress.ends_at(self._training.epochs) and not progress.failed
             if trial.keep_members and complete:
                 self._keep_members(trial, trainings)
@@ -213,15 +217,20 @@ class LocalBackend:
         return training.program.last_model(state)
 
     def _train_all(
-        self, trial: Assignment, trainings: dict[Member, _Training], epochs: int
+        self, trial: Assignment, trainings: dict[Member, _Training], epochs: int, *, keep: bool
     ) -> None:
-        """Take the members to `epochs`, one after the other, until one fails."""
+        """Take the members to `epochs`, one after the other, until one fails.
+
+        With `keep`, each is on disk as soon as it is there.
+        """
         for member in trial.trainings:
             training = trainings.get(member)
             if training is None:
                 training = self._open(trial, member)
             if training.epochs < epochs:
                 training = self._train(trial, member, training, epochs)
+                if keep and not training.failed:
+                    self._save(trial, member, training)
             trainings[member] = training
             if training.failed:
                 break
@@ -235,15 +244,12 @@ class LocalBackend:
             state, curve = training.program.advance(
                 training.state, arrays, self._hyperparameters(trial), epochs - training.epochs
             )
-        training = training.after(
+        return training.after(
             [curve],
             state,
             time.perf_counter() - began,
             before=(training.epochs, training.state) if trial.keep_members else None,
         )
-        if not training.failed:
-            self._save(trial, member, training)
-        return training
 
     def _progress(self, trial: Assignment, running: Mapping[Member, _Training]) -> Progress:
         return where_it_stands(trial, running, self._validation)

@@ -121,8 +121,12 @@ class SlotBackend:
             progress: Progress | None = None
             while progress is None or not progress.ends_at(epochs):
                 goal = next_goal(trial, running.trainings, self._validation, epochs)
-                self._train(trial, running.trainings, shape, goal)
+                # On the way to where early stopping looks again, nothing need be on disk.
+                self._train(trial, running.trainings, shape, goal, keep=goal == epochs)
                 progress = self._progress(trial, running.trainings)
+                if progress.stopped and goal < epochs:
+                    for member, training in running.trainings.items():
+                        self._save(trial, member, training, shape)
             complete = progress.ends_at(self._training.epochs) and not progress.failed
             if trial.keep_members and complete:
                 self._keep_members(trial, running.trainings, shape)
@@ -216,6 +220,8 @@ class SlotBackend:
         trainings: dict[Member, Training],
         shape: SlotShape,
         epochs: int,
+        *,
+        keep: bool,
     ) -> None:
         works = [
             self._work(trial, member, training.state, shape, epochs)
@@ -228,7 +234,7 @@ class SlotBackend:
         for member in list(trainings):
             if (outcome := outcomes.get((trial.number, member))) is not None:
                 trainings[member] = self._after(trial, trainings[member], outcome, shape)
-                if not trainings[member].failed:
+                if keep and not trainings[member].failed:
                     self._save(trial, member, trainings[member], shape)
 
     def _after(
