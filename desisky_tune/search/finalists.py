@@ -298,4 +298,6 @@ def _promise(record: TrialRecord) -> tuple[int, int, float, int, int]:
     """Complete trials first, then pruned ones by how far they got; then by objective."""
     objective = math.inf if record.objective is None else record.objective
     pruned = record.state != "COMPLETE"
-    return int(pruned), -record.epochs, objective, record.parameters, record.number
+    # A complete trial may have ended early, and is no worse for it.
+    furthest = -record.epochs if pruned else 0
+    return int(pruned), furthest, objective, record.parameters, record.number
