@@ -30,11 +30,15 @@ class DataError(InputError):
     """A catalogue, table or selection of rows cannot be used."""
 
 
-class MissingFileError(DataError, FileNotFoundError):
-    """A file that was named does not exist or cannot be read."""
+class _PlainOSError(OSError):
+    """An `OSError` that is its message, not "[Errno ...]"."""
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
+
+
+class MissingFileError(DataError, _PlainOSError, FileNotFoundError):
+    """A file that was named does not exist or cannot be read."""
 
 
 class SpaceError(InputError):
@@ -53,22 +57,16 @@ class ClusterError(InputError):
     """A cluster does not answer, refuses a request, or knows no such job: exit code 2."""
 
 
-class DownloadError(DesiskyTuneError, OSError):
+class DownloadError(DesiskyTuneError, _PlainOSError):
     """A file could not be fetched, or came with the wrong checksum: exit code 2."""
 
     exit_code = 2
 
-    def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
 
-
-class StorageError(DesiskyTuneError, OSError):
+class StorageError(DesiskyTuneError, _PlainOSError):
     """A file could not be written (disk full, no permission): exit code 2."""
 
     exit_code = 2
-
-    def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
 
 
 class StorageLostError(StorageError):

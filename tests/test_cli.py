@@ -544,6 +544,8 @@ def test_training_takes_its_own_configuration(
 ) -> None:
     out = tmp_path / "own.eqx"
     argv = "train --width 8 --depth 1 --learning-rate 0.01 --huber-delta 0.5 --batch-size 16"
+    argv += " --schedule cosine --warmup 0.2 --final-rate 0.1 --weight-decay 0.01"
+    argv += " --gradient-clip 0.1 --early-stopping 4"
     assert main([*argv.split(), "--epochs", "5", "--seed", "1", "--out", str(out)]) == 0
     assert "V (derived)" in capsys.readouterr().out
     with open(out, "rb") as stream:
@@ -551,6 +553,8 @@ def test_training_takes_its_own_configuration(
     assert header["arch"] == {"in_size": 6, "out_size": 4, "width_size": 8, "depth": 1}
     config = header["training"]["config"]
     expected = {"epochs": 5, "learning_rate": 0.01, "huber_delta": 0.5, "batch_size": 16}
+    expected |= {"schedule": "cosine", "warmup": 0.2, "final_rate": 0.1, "weight_decay": 0.01}
+    expected |= {"gradient_clip": 0.1, "early_stopping": 4}
     assert {name: config[name] for name in expected} == expected
     assert header["seed"] == 1
     assert "search" not in header

@@ -15,7 +15,7 @@ from desisky_tune.search.engine import Engine, Gate
 from desisky_tune.search.engines import Node, plan_engines
 from desisky_tune.search.events import Event, Note
 from desisky_tune.search.figures import EngineFigures, Meter, added
-from desisky_tune.search.space import ResourceSpec
+from desisky_tune.search.sections import ResourceSpec
 
 
 def at(number: int) -> Assignment:

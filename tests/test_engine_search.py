@@ -24,7 +24,8 @@ from desisky_tune.search.folds import search_arrays
 from desisky_tune.search.local import LocalBackend
 from desisky_tune.search.origin import open_run
 from desisky_tune.search.run import SearchResult, run_search
-from desisky_tune.search.space import TrainingSpec, load_spec
+from desisky_tune.search.sections import TrainingSpec
+from desisky_tune.search.space import load_spec
 
 TRIALS = 6
 SPEC = load_spec(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -345,6 +346,16 @@ def test_pruned_trials_fill_up_by_how_far_they_got() -> None:
         record(4, 0.27, width=64, epochs=225),
     ]
     assert chosen(records, count=4) == [1, 4, 3, None]
+
+
+def test_a_trial_that_ended_early_is_no_worse_for_it() -> None:
+    early = replace(record(2, 0.1, width=16, epochs=25), state="COMPLETE")
+    assert chosen([record(1, 0.3, width=8), early, record(3, 0.2, width=32)]) == [2, 3, None]
+
+
+def test_a_finalist_that_is_the_default_but_for_what_is_off_is_the_default() -> None:
+    off = record(4, 0.5, learning_rate=1e-4, weight_decay=0.0, early_stopping=0)
+    assert chosen([record(1, 0.3, width=8), off]) == [1, 4]
 
 
 def test_one_finalist_is_none() -> None:

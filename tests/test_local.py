@@ -22,7 +22,7 @@ from desisky_tune.search.local import (
     sweep,
 )
 from desisky_tune.search.records import finish
-from desisky_tune.search.space import TrainingSpec
+from desisky_tune.search.sections import TrainingSpec
 from desisky_tune.training.metrics import band_rmse
 
 TRAINING = TrainingSpec(epochs=12)

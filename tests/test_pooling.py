@@ -24,7 +24,8 @@ from desisky_tune.search.local import LocalBackend, state_path, sweep
 from desisky_tune.search.origin import SearchRun
 from desisky_tune.search.pooling import MemberCurve, pool
 from desisky_tune.search.records import finish
-from desisky_tune.search.space import TrainingSpec, load_spec
+from desisky_tune.search.sections import TrainingSpec
+from desisky_tune.search.space import load_spec
 
 TRAINING = TrainingSpec(epochs=8)
 CONFIGURATION = {

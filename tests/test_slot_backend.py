@@ -19,10 +19,11 @@ from desisky_tune.search.arrays import Fold, SearchArrays
 from desisky_tune.search.backend import Assignment, Member, Progress
 from desisky_tune.search.engine import Work, make_backend
 from desisky_tune.search.local import LocalBackend, checkpoint_path, state_path
+from desisky_tune.search.sections import TrainingSpec
 from desisky_tune.search.slot_backend import SlotBackend
 from desisky_tune.search.slot_banks import OutOfDeviceMemoryError, SlotBanks
 from desisky_tune.search.slot_settings import FILE, SlotPlan, expected_trainings
-from desisky_tune.search.space import TrainingSpec, spec_from_dict
+from desisky_tune.search.space import spec_from_dict
 from desisky_tune.training import slot_count
 from desisky_tune.training.metrics import band_rmse
 from desisky_tune.training.slot_rows import FoldRows, SlotRows, slot_rows

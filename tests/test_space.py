@@ -16,13 +16,8 @@ from hypothesis import strategies as st
 
 from desisky_tune.data.columns import FEATURES
 from desisky_tune.errors import SpaceError
-from desisky_tune.search.parameters import (
-    HYPERPARAMETERS,
-    Choices,
-    Conditional,
-    Fixed,
-    Range,
-)
+from desisky_tune.search.hyperparameters import DOCUMENTED, HYPERPARAMETERS, OPTIONAL
+from desisky_tune.search.parameters import Choices, Conditional, Fixed, Range
 from desisky_tune.search.reading import read_parameter
 from desisky_tune.search.space import (
     PretrainSpec,
@@ -84,6 +79,7 @@ def test_readme_lists_every_field_with_its_default() -> None:
     empty = resolved_dict(spec_from_dict({}))
     # Without a source there is no such section.
     empty["pretrain"] = PretrainSpec(source="simulated").model_dump() | {"source": None}
+    empty["space"] |= {name: HYPERPARAMETERS[name].default for name in OPTIONAL}
     fields = {"name"}
     for section, values in empty.items():
         if isinstance(values, dict):
@@ -266,6 +262,21 @@ def test_the_default_is_the_documented_one() -> None:
         ("space.learning_rate=.nan", "must be a number above 0 to 10"),
         ("space.learning_rate={low: 0, high: 1, log: true}", "must be above 0 on a log scale"),
         ("space.learning_rate={low: -1, high: 1, log: true}", "must be above 0 on a log scale"),
+        ("space.schedule=linear", "space.schedule = 'linear': must be constant or cosine"),
+        ("space.schedule=1", "space.schedule = 1: must be constant or cosine"),
+        ("space.schedule={low: 0, high: 1}", "must be constant or cosine, or {choices: [constant"),
+        ("space.schedule={choices: [cosine, step]}", "space.schedule.choices[1] = 'step': must be"),
+        ("space.warmup=1", "space.warmup = 1: must be a number from 0 to below 1"),
+        ("space.warmup={low: 0, high: 1}", "space.warmup.high = 1: must be a number from 0 to b"),
+        ("space.final_rate=1.1", "space.final_rate = 1.1: must be a number from 0 to 1"),
+        ("space.weight_decay=-0.1", "space.weight_decay = -0.1: must be a number from 0 to 100"),
+        ("space.gradient_clip=-1", "space.gradient_clip = -1: must be a number from 0 to 1e+06"),
+        ("space.early_stopping=2.5", "space.early_stopping = 2.5: must be a whole number from 0"),
+        ("space.warmup={low: 0, high: .1, when: 'schedule > 1'}", "must compare width,"),
+        ("space.warmup={low: 0, high: .1, when: 'schedule == 1'}", "must compare width,"),
+        ("space.warmup={low: 0, high: .1, when: 'depth == cosine'}", "'cosine' is not known here"),
+        ("search.constraints=['schedule + 1 > 2']", "must compare width,"),
+        ("search.warm_start=[{weight_decay: -1}]", "search.warm_start[0].weight_decay = -1: must"),
     ],
 )
 def test_overrides_that_break_a_rule(override: str, message: str) -> None:
@@ -365,6 +376,59 @@ def test_a_path_goes_before_nothing_and_after_a_name(
     assert find_space("mine.yaml").resolve() == path
 
 
+# --- optional hyperparameters
+
+
+def test_optional_hyperparameters_stand_where_the_space_names_them() -> None:
+    space = {
+        "schedule": {"choices": ["constant", "cosine"]},
+        "warmup": {"low": 0, "high": 0.2, "when": "schedule == 'cosine'"},
+        "weight_decay": {"low": 1e-4, "high": 1e-1, "log": True},
+        "early_stopping": 50,
+    }
+    spec = spec_from_dict({"space": space})
+    assert list(spec.space) == [*DOCUMENTED, *space]
+    assert spec_from_dict(json.loads(json.dumps(resolved_dict(spec)))) == spec
+    off = {"schedule": "constant", "warmup": 0.0, "weight_decay": 0.0, "early_stopping": 0}
+    assert default_configuration(spec) == {**default_configuration(), **off}
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    seen = set()
+    for _ in range(20):
+        configuration = spec.suggest(study.ask())
+        assert list(configuration) == list(spec.space)
+        assert configuration["early_stopping"] == 50
+        assert configuration["schedule"] == "cosine" or configuration["warmup"] == 0
+        seen.add((configuration["schedule"], configuration["warmup"] > 0))
+    assert seen == {("constant", False), ("cosine", True)}
+
+
+def test_what_is_off_has_no_place_in_a_logarithmic_range() -> None:
+    space = {"weight_decay": {"low": 1e-4, "high": 1e-1, "log": True}}
+    spec = spec_from_dict({"space": space})
+    assert spec.as_params(default_configuration(spec)) == ({}, {})
+    # A configuration of an earlier run does not name it at all.
+    assert spec.as_params(default_configuration()) == ({}, {})
+
+
+def test_words_have_their_place_on_the_unit_interval() -> None:
+    choices = Choices(("cosine", "constant"))
+    assert [choices.at(fraction) for fraction in (0, 0.4, 0.6, 1)] == [
+        "cosine", "cosine", "constant", "constant"
+    ]  # fmt: skip
+    assert [choices.fraction(word) for word in choices.choices] == [0.25, 0.75]
+    assert choices.widened("constant") is not None
+    assert Choices(("cosine",)).widened("constant") is None
+
+
+def test_a_constraint_may_speak_of_words_and_of_what_is_off() -> None:
+    texts = ["schedule == 'cosine' or weight_decay == 0"]
+    spec = spec_from_dict({"search": {"constraints": texts}})
+    assert spec.broken_constraint(default_configuration()) is None
+    decayed = {**default_configuration(), "weight_decay": 0.1}
+    assert spec.broken_constraint(decayed) == f"search.constraints[0] {texts[0]!r}"
+    assert spec.broken_constraint({**decayed, "schedule": "cosine"}) is None
+
+
 # --- suggestions and the unit interval
 
 
@@ -374,7 +438,7 @@ def test_suggestions_come_from_the_space_in_the_right_types() -> None:
     for _ in range(50):
         trial = study.ask()
         configuration = spec.suggest(trial)
-        assert list(configuration) == list(HYPERPARAMETERS)
+        assert list(configuration) == list(DOCUMENTED)
         assert configuration["huber_delta"] == 0.3
         assert 16 <= configuration["width"] <= 512
         assert isinstance(configuration["width"], int)

@@ -242,7 +242,7 @@ class VirtualSearch:
         result = progress.as_result(rungs(self.spec))
         flat = flatten_dict(result)
         self.reports.append((number, progress.epochs, progress.objective))
-        if progress.failed or progress.epochs >= self.spec.training.epochs:
+        if progress.ends_at(self.spec.training.epochs):
             decision = TrialScheduler.STOP
         else:
             decision = self.scheduler.on_trial_result(None, trial, flat)

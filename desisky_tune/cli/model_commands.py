@@ -62,6 +62,32 @@ def train(
         int | None,
         typer.Option("--batch-size", metavar="N", help="Rows per step.  [default: 32]"),
     ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option("--schedule", metavar="NAME", help="constant or cosine.  [default: constant]"),
+    ] = None,
+    warmup: Annotated[
+        float | None,
+        typer.Option("--warmup", metavar="F", help="Share of the steps, 0 to 1.  [default: 0]"),
+    ] = None,
+    final_rate: Annotated[
+        float | None,
+        typer.Option("--final-rate", metavar="F", help="Share of the learning rate.  [default: 0]"),
+    ] = None,
+    weight_decay: Annotated[
+        float | None,
+        typer.Option("--weight-decay", metavar="F", help="Of AdamW.  [default: 0]"),
+    ] = None,
+    gradient_clip: Annotated[
+        float | None,
+        typer.Option("--gradient-clip", metavar="F", help="Longest gradient.  [default: any]"),
+    ] = None,
+    early_stopping: Annotated[
+        int | None,
+        typer.Option(
+            "--early-stopping", metavar="N", help="Epochs without a better value.  [default: any]"
+        ),
+    ] = None,
     epochs: Annotated[
         int | None,
         typer.Option("--epochs", metavar="N", help="Passes over the data.  [default: 500]"),
@@ -113,6 +139,12 @@ def train(
         learning_rate=learning_rate,
         huber_delta=huber_delta,
         batch_size=batch_size,
+        schedule=schedule,
+        warmup=warmup,
+        final_rate=final_rate,
+        weight_decay=weight_decay,
+        gradient_clip=gradient_clip,
+        early_stopping=early_stopping,
     )
     training = _given(epochs=epochs, loss=loss, seed=seed)
     rows = {

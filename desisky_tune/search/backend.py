@@ -44,7 +44,8 @@ class Assignment:
     number
         The trial's number in the study.
     configuration
-        Hyperparameters: width, depth, learning_rate, huber_delta, batch_size.
+        Hyperparameters: width, depth, learning_rate, huber_delta, batch_size, and the optional
+        ones that the space names.
     seed
         Seed of the initial weights and of the shuffles.
     members
@@ -98,6 +99,9 @@ class Progress:
         Why the trial cannot go on; None while all is well.
     spread
         Standard deviation of the objective over the seeds (mag); None with one seed.
+    stopped
+        Whether the trial has ended early, its best value being old enough
+        (``early_stopping``): it is complete.
     """
 
     epochs: int
@@ -111,11 +115,16 @@ class Progress:
     objectives: Sequence[float] = ()
     reason: str | None = None
     spread: float | None = None
+    stopped: bool = False
 
     @property
     def failed(self) -> bool:
         """True when the numbers of this trial can no longer be used."""
         return self.reason is not None or not math.isfinite(self.objective)
+
+    def ends_at(self, epochs: int) -> bool:
+        """Whether there is nothing to train on the way to `epochs`: done, ended early, failed."""
+        return self.failed or self.stopped or self.epochs >= epochs
 
     def objectives_at(self, rungs: Sequence[int]) -> dict[int, float]:
         """Return the lowest RMSE up to each of `rungs` (epochs) that was reached in good order."""
@@ -139,6 +148,7 @@ class Progress:
             "rungs": self.objectives_at(rungs),
             "reason": self.reason,
             "spread": self.spread,
+            "stopped": self.stopped,
         }
 
 

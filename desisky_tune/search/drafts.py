@@ -19,6 +19,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
 from desisky_tune.errors import SpaceError
+from desisky_tune.search.hyperparameters import Value
 from desisky_tune.search.samplers import OWN_ATTEMPTS, make_sampler
 from desisky_tune.search.space import SearchSpec
 
@@ -58,7 +59,7 @@ class Draft:
 
 def draw_within(
     spec: SearchSpec, number: int, study: optuna.Study, trial: FrozenTrial
-) -> dict[str, int | float]:
+) -> dict[str, Value]:
     """Return a configuration for trial `number` that keeps the constraints.
 
     One that the search began with is not drawn again while there is another: a sampler with

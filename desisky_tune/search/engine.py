@@ -23,7 +23,7 @@ from desisky_tune.search.figures import EngineFigures, Meter
 if TYPE_CHECKING:
     from desisky_tune.search.arrays import SearchArrays
     from desisky_tune.search.pretraining import Pretraining
-    from desisky_tune.search.space import TrainingSpec
+    from desisky_tune.search.sections import TrainingSpec
     from desisky_tune.search.storage import RunMirror
 
 Device = Literal["cpu", "gpu"]

@@ -22,7 +22,7 @@ from desisky_tune.search.local import process_environment
 if TYPE_CHECKING:
     from desisky_tune.search.arrays import SearchArrays
     from desisky_tune.search.ordering import OrderedScheduler, Ordering
-    from desisky_tune.search.space import ResourceSpec
+    from desisky_tune.search.sections import ResourceSpec
 
 #: What Ray reserves for a light trial (CPU).
 TRIAL_CPUS = 0.01

@@ -1,6 +1,7 @@
 """Conditions that a space file states, such as ``width * depth <= 1024``.
 
-A condition is read once into a tree of arithmetic, comparisons, `and`, `or` and `not`;
+A condition is read once into a tree of arithmetic, comparisons, `and`, `or` and `not`; what is
+a word can only be compared with one, as in ``schedule == 'cosine'``;
 whatever else Python would understand (calls, attributes, subscripts, powers) is refused.
 Nothing is ever handed to an interpreter.
 """
@@ -58,7 +59,7 @@ class Condition:
         Parameters
         ----------
         values
-            A number for each of `names`.
+            A number, or a word, for each of `names`.
         """
         try:
             return bool(_value(_tree(self.text), values))
@@ -66,7 +67,7 @@ class Condition:
             return False
 
 
-def read_condition(text: str, names: Collection[str]) -> Condition:
+def read_condition(text: str, names: Collection[str], words: Collection[str] = ()) -> Condition:
     """Read a condition.
 
     Parameters
@@ -75,6 +76,8 @@ def read_condition(text: str, names: Collection[str]) -> Condition:
         As a space file has it.
     names
         What it may speak of.
+    words
+        Which of `names` are words, not numbers.
 
     Raises
     ------
@@ -93,7 +96,7 @@ def read_condition(text: str, names: Collection[str]) -> Condition:
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and node.id not in names:
             raise ValueError(f"{node.id!r} is not known here; {rule}")
-    if not _allowed(tree, logical=True):
+    if not _allowed(tree, frozenset(words), logical=True):
         raise ValueError(f"{rule}, with + - * / // % ( ) and, or, not")
     return Condition(text)
 
@@ -109,27 +112,39 @@ def _is_logical(node: ast.expr) -> bool:
     )
 
 
-def _allowed(node: ast.expr, *, logical: bool) -> bool:
+def _allowed(node: ast.expr, words: frozenset[str], *, logical: bool) -> bool:
     """Whether a node, and all below it, is of the few kinds; numbers and truths do not mix."""
     if logical != _is_logical(node):
         return False
     match node:
         case ast.BoolOp(values=values):
-            return all(_allowed(each, logical=True) for each in values)
+            return all(_allowed(each, words, logical=True) for each in values)
         case ast.UnaryOp(op=ast.Not(), operand=inner):
-            return _allowed(inner, logical=True)
+            return _allowed(inner, words, logical=True)
         case ast.Compare(left=left, ops=ops, comparators=others):
+            if any(_is_word(each, words) for each in (left, *others)):
+                same = all(isinstance(op, ast.Eq | ast.NotEq) for op in ops)
+                return same and all(_is_word(each, words) for each in (left, *others))
             known = all(type(op) in _COMPARISONS for op in ops)
-            return known and all(_allowed(each, logical=False) for each in (left, *others))
+            return known and all(_allowed(each, words, logical=False) for each in (left, *others))
         case ast.BinOp(left=left, op=op, right=right):
             known = type(op) in _ARITHMETIC
-            return known and all(_allowed(each, logical=False) for each in (left, right))
+            return known and all(_allowed(each, words, logical=False) for each in (left, right))
         case ast.UnaryOp(op=ast.USub(), operand=inner):
-            return _allowed(inner, logical=False)
+            return _allowed(inner, words, logical=False)
         case ast.Constant(value=value):
             return isinstance(value, int | float) and not isinstance(value, bool)
-        case ast.Name():
+        case ast.Name(id=name):
+            return name not in words
+    return False
+
+
+def _is_word(node: ast.expr, words: frozenset[str]) -> bool:
+    match node:
+        case ast.Constant(value=str()):
             return True
+        case ast.Name(id=name):
+            return name in words
     return False
 
 

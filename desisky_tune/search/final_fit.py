@@ -1,7 +1,8 @@
 """The final fit: a configuration trained once on all rows that are not test rows.
 
 The folds have said after how many epochs to stop, so no rows are needed to choose one: the
-weights are those after the last epoch.
+weights are those after the last epoch. Early stopping has no part in it, and a schedule spans the
+epochs that it spanned on the folds: the epoch that they chose is one of that schedule.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import numpy as np
 
 from desisky_tune.data.columns import BANDS, EXPOSURE_ID
 from desisky_tune.errors import SearchError
+from desisky_tune.search.hyperparameters import of_training
 
 if TYPE_CHECKING:
     from desisky_tune.search.origin import SearchRun
     from desisky_tune.search.records import TrialRecord
-    from desisky_tune.search.space import TrainingSpec
+    from desisky_tune.search.sections import TrainingSpec
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def write_final_fit(run: SearchRun, fit: FinalFit, path: Path) -> Path:
             "per_band_rmse": dict(fit.validated),
             "config": {
                 "epochs": fit.epochs,
+                **_schedule_span(fit.configuration, run.spec.training.epochs),
                 "loss": run.spec.training.loss,
                 **{k: v for k, v in fit.configuration.items() if k not in ("width", "depth")},
             },
@@ -156,9 +159,10 @@ def train_through(
     SearchError
         When a loss was not finite.
     """
-    from desisky_tune.training.program import Hyperparameters, program_for, training_arrays
+    from desisky_tune.training.program import program_for, training_arrays
 
     configuration = fit.configuration
+    hyperparameters = of_training(configuration, training.epochs)
     program = program_for(
         in_size=inputs.shape[1],
         out_size=len(BANDS),
@@ -168,13 +172,10 @@ def train_through(
         loss=training.loss,
         select="rmse",
         epochs=training.epochs,
+        extended=hyperparameters.extended,
     )
     # The rows that it is fitted to stand where others are measured: nothing is chosen here.
     arrays = training_arrays(inputs, targets, inputs, targets, scaling)
-    hyperparameters = Hyperparameters(
-        learning_rate=float(configuration["learning_rate"]),
-        huber_delta=float(configuration["huber_delta"]),
-    )
     state = program.init(fit.seed, initial)
     state, curve = program.advance(state, arrays, hyperparameters, fit.epochs)
     if curve.failed:
@@ -183,6 +184,12 @@ def train_through(
             " the folds none was"
         )
     return program.last_model(state), curve
+
+
+def _schedule_span(configuration: Mapping[str, Any], epochs: int) -> dict[str, int]:
+    """Say how many epochs a schedule spans, which is more than were trained; nothing without."""
+    scheduled = of_training(configuration, epochs).scheduled
+    return {"schedule_epochs": epochs} if scheduled else {}
 
 
 def fitted_split(run: SearchRun, split: Mapping[str, Any]) -> dict[str, Any]:

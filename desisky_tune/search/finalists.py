@@ -23,6 +23,7 @@ from desisky_tune.search.folds import (
     folds_as_exposures,
     observed,
 )
+from desisky_tune.search.hyperparameters import in_full, is_documented_default
 from desisky_tune.search.records import Ledger, TrialRecord, parameter_count
 from desisky_tune.search.space import SearchSpec, default_configuration
 from desisky_tune.search.standing import Standing, rank
@@ -70,13 +71,15 @@ def choose_finalists(spec: SearchSpec, records: Sequence[TrialRecord]) -> list[F
         do not suffice, the pruned ones that got furthest. The documented default is always
         one of them.
     """
-    documented = default_configuration()
     chosen: list[tuple[int | None, Mapping[str, Any]]] = []
     for record in sorted(records, key=_promise):
-        known = any(dict(record.configuration) == dict(other) for _, other in chosen)
+        known = any(in_full(record.configuration) == in_full(other) for _, other in chosen)
         if record.state != "FAIL" and not known:
             chosen.append((record.number, record.configuration))
-    default = next((each for each in chosen if dict(each[1]) == documented), (None, documented))
+    default = next(
+        (each for each in chosen if is_documented_default(each[1])),
+        (None, default_configuration(spec)),
+    )
     count = spec.evaluation.final_plan[0]
     best = chosen[:count]
     if default not in best:
@@ -237,10 +240,9 @@ class Final:
     @property
     def default(self) -> Finalist | None:
         """The documented default; None where it failed."""
-        documented = default_configuration()
         placed = {standing.number for standing in self.standings}
         found = (each for each in self.finalists.values() if each.number in placed)
-        return next((each for each in found if dict(each.configuration) == documented), None)
+        return next((each for each in found if is_documented_default(each.configuration)), None)
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """Return the board of the finalists as JSON-able rows, the winner first."""
@@ -296,4 +298,6 @@ def _promise(record: TrialRecord) -> tuple[int, int, float, int, int]:
     """Complete trials first, then pruned ones by how far they got; then by objective."""
     objective = math.inf if record.objective is None else record.objective
     pruned = record.state != "COMPLETE"
-    return int(pruned), -record.epochs, objective, record.parameters, record.number
+    # A complete trial may have ended early, and is no worse for it.
+    furthest = -record.epochs if pruned else 0
+    return int(pruned), furthest, objective, record.parameters, record.number

@@ -12,6 +12,7 @@ import pandas as pd
 
 from desisky_tune.data.columns import BANDS
 from desisky_tune.search.folder import RunFolder
+from desisky_tune.search.hyperparameters import HYPERPARAMETERS, OPTIONAL, in_full, switched_on
 from desisky_tune.search.pareto import pareto_front
 from desisky_tune.search.records import Ledger, TrialRecord
 
@@ -31,6 +32,7 @@ COLUMNS: tuple[str, ...] = (
     "learning_rate",
     "huber_delta",
     "batch_size",
+    *OPTIONAL,
     "parameters",
     "pareto",
     "epochs",
@@ -40,8 +42,17 @@ COLUMNS: tuple[str, ...] = (
 )
 
 _ORDER = {"COMPLETE": 0, "PRUNED": 1, "FAIL": 2}
-_WHOLE = ("width", "depth", "batch_size", "parameters", "epochs", "best_epoch")
-_REAL = ("learning_rate", "huber_delta", "seconds")
+_WHOLE = (
+    "width", "depth", "batch_size", "early_stopping", "parameters", "epochs", "best_epoch",
+)  # fmt: skip
+_REAL = (
+    "learning_rate", "huber_delta", "warmup", "final_rate", "weight_decay", "gradient_clip",
+    "seconds",
+)  # fmt: skip
+#: What a table on a terminal calls the optional hyperparameters.
+_TITLES = dict(
+    zip(OPTIONAL, ("schedule", "warmup", "final", "decay", "clip", "patience"), strict=True)
+)
 
 
 def leaderboard(run: str | Path | Iterable[TrialRecord]) -> pd.DataFrame:
@@ -80,7 +91,7 @@ def leaderboard(run: str | Path | Iterable[TrialRecord]) -> pd.DataFrame:
     kinds = {
         **dict.fromkeys(("rank", "trial", *_WHOLE), "Int64"),
         **dict.fromkeys(("objective", *BANDS, "mean_grz", *_REAL), "float64"),
-        **dict.fromkeys(("state", "reason"), "object"),
+        **dict.fromkeys(("state", "schedule", "reason"), "object"),
         "pareto": "boolean",
     }
     return board.astype(kinds)
@@ -101,6 +112,7 @@ FINALIST_COLUMNS: tuple[str, ...] = (
     "learning_rate",
     "huber_delta",
     "batch_size",
+    *OPTIONAL,
     "parameters",
     "best_epoch",
     "seed_spread",
@@ -124,18 +136,24 @@ def finalists_board(run: str | Path) -> pd.DataFrame | None:
     ranked = json.loads(path.read_text()).get("finalists") if path.exists() else None
     if ranked is None:
         return None
-    rows = [{**each, **each["configuration"], **each["rmse"]} for each in ranked]
+    rows = [{**each, **in_full(each["configuration"]), **each["rmse"]} for each in ranked]
     board = pd.DataFrame(rows, columns=list(FINALIST_COLUMNS))
     return board.astype({"trial": "Int64", "seed_spread": "float64"})
 
 
 def finalist_rows(board: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Return a finalists' board as text for a table on a terminal."""
+    """Return a finalists' board as text for a table on a terminal.
+
+    Optional hyperparameters are shown where they are on in some row.
+    """
+    shown = switched_on(_values(board))
     header = ["#", "trial", "RMSE", "± nights", "to best", "±", *BANDS, "width", "depth", "lr",
-              "delta", "batch", "parameters", "best", "± seeds"]  # fmt: skip
+              "delta", "batch", *(_TITLES[name] for name in shown), "parameters", "best",
+              "± seeds"]  # fmt: skip
     forms = ("d", "d", ".4f", ".4f", ".4f", ".4f", *[".4f"] * len(BANDS), "d", "d", ".3g", ".3g",
-             "d", ",d", "d", ".4f")  # fmt: skip
-    names = [name for name in FINALIST_COLUMNS if name != "tied"]
+             "d", *(_form(name) for name in shown), ",d", "d", ".4f")  # fmt: skip
+    hidden = {"tied", *OPTIONAL} - set(shown)
+    names = [name for name in FINALIST_COLUMNS if name not in hidden]
     rows = [
         [_text(row[name], form) for name, form in zip(names, forms, strict=True)]
         for row in _values(board)
@@ -167,10 +185,12 @@ def to_rows(board: pd.DataFrame, limit: int | None = None) -> tuple[list[str], l
     -------
     header, rows
         RMSE with four digits, ``-`` for what is not known, the reason of a failed trial
-        in place of its state.
+        in place of its state. Optional hyperparameters where they are on in some row.
     """
+    shown = switched_on(_values(board))
     header = ["#", "trial", "state", "RMSE", *BANDS, "g r z", "width", "depth", "lr", "delta",
-              "batch", "parameters", "front", "epochs", "best", "s"]  # fmt: skip
+              "batch", *(_TITLES[name] for name in shown), "parameters", "front", "epochs",
+              "best", "s"]  # fmt: skip
     rows = []
     for row in _values(board if limit is None else board.head(limit)):
         state = row["state"].lower()
@@ -183,6 +203,7 @@ def to_rows(board: pd.DataFrame, limit: int | None = None) -> tuple[list[str], l
                 *(_text(row[name], "d") for name in ("width", "depth")),
                 *(_text(row[name], ".3g") for name in ("learning_rate", "huber_delta")),
                 _text(row["batch_size"], "d"),
+                *(_text(row[name], _form(name)) for name in shown),
                 _text(row["parameters"], ",d"),
                 "*" if row["pareto"] else "",
                 *(_text(row[name], "d") for name in ("epochs", "best_epoch")),
@@ -198,7 +219,7 @@ def _place(record: TrialRecord) -> tuple[int, float, int, int]:
 
 
 def _row(rank: int, record: TrialRecord) -> dict[str, Any]:
-    rmse = record.rmse or {}
+    rmse, configuration = record.rmse or {}, in_full(record.configuration)
     observed = [rmse[band] for band in OBSERVED_BANDS if band in rmse]
     return {
         "rank": rank,
@@ -207,10 +228,7 @@ def _row(rank: int, record: TrialRecord) -> dict[str, Any]:
         "objective": record.objective,
         **{band: rmse.get(band) for band in BANDS},
         "mean_grz": sum(observed) / len(observed) if len(observed) == len(OBSERVED_BANDS) else None,
-        **{
-            name: record.configuration.get(name)
-            for name in ("width", "depth", "learning_rate", "huber_delta", "batch_size")
-        },
+        **{name: configuration.get(name) for name in HYPERPARAMETERS},
         "parameters": record.parameters,
         "epochs": record.epochs,
         "best_epoch": record.best_epoch,
@@ -230,6 +248,11 @@ def _values(board: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
+
+
+def _form(name: str) -> str:
+    kind = HYPERPARAMETERS[name]
+    return "s" if kind.words else "d" if kind.whole else ".3g"
 
 
 def _text(value: Any, form: str) -> str:

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -20,10 +20,18 @@ import numpy as np
 
 from desisky_tune.data.columns import BANDS
 from desisky_tune.search.arrays import Fold, SearchArrays
-from desisky_tune.search.backend import CURVE_SERIES, Assignment, Member, Progress
+from desisky_tune.search.backend import Assignment, Member, Progress
 from desisky_tune.search.figures import Meter
-from desisky_tune.search.pooling import MemberCurve, member_progress, pool, pooled_progress
+from desisky_tune.search.hyperparameters import of_training
+from desisky_tune.search.pooling import member_progress, pool
 from desisky_tune.search.pretraining import PretrainedWeights
+from desisky_tune.search.trainings import (
+    RunningTrial,
+    Training,
+    curves_of,
+    next_goal,
+    where_it_stands,
+)
 from desisky_tune.search.trial_files import (
     TrialFiles,
     checkpoint_path,
@@ -35,8 +43,9 @@ from desisky_tune.search.trial_files import (
 
 if TYPE_CHECKING:
     from desisky_tune.search.pretraining import Pretraining
-    from desisky_tune.search.space import TrainingSpec
+    from desisky_tune.search.sections import TrainingSpec
     from desisky_tune.search.storage import RunMirror
+    from desisky_tune.training.hyperparameters import Hyperparameters
     from desisky_tune.training.program import TrainingArrays
     from desisky_tune.training.scaling import Scaling
 
@@ -64,29 +73,15 @@ class _FoldRows:
 
 
 @dataclass(frozen=True)
-class _Training:
-    """One member under way: the state of its program, and what it has measured.
+class _Training(Training):
+    """One member under way.
 
     `before` is the state (and its epochs) from which the last advance began: what is asked
     for of an earlier epoch is trained again from there.
     """
 
-    program: Any
-    state: Any
-    epochs: int
-    seconds: float
-    curve: dict[str, list[float]]
-    objectives: list[float]
-    failed: bool = False
+    program: Any = None
     before: tuple[int, Any] | None = None
-
-
-class _Trial:
-    """The members of a trial; whoever trains or keeps them holds the lock."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.trainings: dict[Member, _Training] = {}
 
 
 class _Compiled:
@@ -140,7 +135,7 @@ class LocalBackend:
         self._features = arrays.features
         self._rows = arrays
         self._folds: dict[int, _FoldRows] = {}
-        self._trials: dict[int, _Trial] = {}
+        self._trials: dict[int, RunningTrial[_Training]] = {}
         self._compiled: WeakKeyDictionary[Any, dict[Any, _Compiled]] = WeakKeyDictionary()
         self._lock = threading.Lock()
         self.meter = Meter()
@@ -149,23 +144,23 @@ class LocalBackend:
     def advance(self, trial: Assignment, epochs: int) -> Progress:
         """Train on to `epochs` epochs in total; the state is on disk when this returns."""
         with self._lock:
-            running = self._trials.setdefault(trial.number, _Trial())
+            running = self._trials.setdefault(trial.number, RunningTrial())
         with running.lock:
-            if not running.trainings:
+            trainings = running.trainings
+            if not trainings:
                 self._files.discard_weights(trial)
-            for member in trial.trainings:
-                training = running.trainings.get(member)
-                if training is None:
-                    training = self._open(trial, member)
-                if training.epochs < epochs:
-                    training = self._train(trial, member, training, epochs)
-                running.trainings[member] = training
-                if training.failed:
-                    break
-            progress = self._progress(trial, running.trainings)
-            complete = progress.epochs >= self._training.epochs and not progress.failed
+            progress: Progress | None = None
+            while progress is None or not progress.ends_at(epochs):
+                goal = next_goal(trial, trainings, self._validation, epochs)
+                # On the way to where early stopping looks again, nothing need be on disk.
+                self._train_all(trial, trainings, goal, keep=goal == epochs)
+                progress = self._progress(trial, trainings)
+                if progress.stopped and goal < epochs:
+                    for member, training in trainings.items():
+                        self._save(trial, member, training)
+            complete = progress.ends_at(self._training.epochs) and not progress.failed
             if trial.keep_members and complete:
-                self._keep_members(trial, running.trainings)
+                self._keep_members(trial, trainings)
             return progress
 
     def release(self, trial: Assignment) -> None:
@@ -198,7 +193,7 @@ class LocalBackend:
 
     def _keep_members(self, trial: Assignment, running: Mapping[Member, _Training]) -> None:
         """Write the weights of every member at the best epoch of its seed's pooled curve."""
-        best_epochs = pool(self._curves(running)).best_epochs
+        best_epochs = pool(curves_of(running, self._validation)).best_epochs
         header = {**self._header, **self._start.header(trial.configuration)}
         for member, training in running.items():
             epoch = best_epochs[member.seed]
@@ -225,9 +220,28 @@ class LocalBackend:
             done, state = 0, self._initial(trial, member, training.program)
         arrays = self._fold(member.fold).arrays
         state, _ = training.program.advance(
-            state, arrays, _hyperparameters(trial), epoch + 1 - done
+            state, arrays, self._hyperparameters(trial), epoch + 1 - done
         )
         return training.program.last_model(state)
+
+    def _train_all(
+        self, trial: Assignment, trainings: dict[Member, _Training], epochs: int, *, keep: bool
+    ) -> None:
+        """Take the members to `epochs`, one after the other, until one fails.
+
+        With `keep`, each is on disk as soon as it is there.
+        """
+        for member in trial.trainings:
+            training = trainings.get(member)
+            if training is None:
+                training = self._open(trial, member)
+            if training.epochs < epochs:
+                training = self._train(trial, member, training, epochs)
+                if keep and not training.failed:
+                    self._save(trial, member, training)
+            trainings[member] = training
+            if training.failed:
+                break
 
     def _train(
         self, trial: Assignment, member: Member, training: _Training, epochs: int
@@ -236,53 +250,17 @@ class LocalBackend:
         arrays = self._fold(member.fold).arrays
         with self.meter.spending("training"):
             state, curve = training.program.advance(
-                training.state, arrays, _hyperparameters(trial), epochs - training.epochs
+                training.state, arrays, self._hyperparameters(trial), epochs - training.epochs
             )
-        series = dict(
-            zip(
-                CURVE_SERIES,
-                [curve.train_loss, curve.test_loss, *np.asarray(curve.rmse).T],
-                strict=True,
-            )
-        )
-        training = replace(
-            training,
+        return training.after(
+            [curve],
+            state,
+            time.perf_counter() - began,
             before=(training.epochs, training.state) if trial.keep_members else None,
-            state=state,
-            epochs=training.epochs + len(curve.train_loss),
-            seconds=training.seconds + time.perf_counter() - began,
-            curve={
-                name: [*training.curve.get(name, ()), *map(float, values)]
-                for name, values in series.items()
-            },
-            objectives=[*training.objectives, *map(float, curve.objective)],
-            failed=bool(curve.failed),
         )
-        if not training.failed:
-            self._save(trial, member, training)
-        return training
 
     def _progress(self, trial: Assignment, running: Mapping[Member, _Training]) -> Progress:
-        """Say where a trial stands: at the best epoch so far of its members together."""
-        curves = self._curves(running)
-        seconds = sum(training.seconds for training in running.values())
-        for member, training in running.items():
-            if training.failed or not training.epochs:
-                where = f" (fold {member.fold}, seed {member.seed})" if trial.members else ""
-                reason = (
-                    "training diverged: a loss was not finite in epoch"
-                    f" {training.epochs - 1}{where}"
-                )
-                return pooled_progress(curves, seconds, reason)
-        return pooled_progress(curves, seconds)
-
-    def _curves(self, running: Mapping[Member, _Training]) -> list[MemberCurve]:
-        return [
-            MemberCurve(
-                member, self._fold(member.fold).validation, training.curve, training.objectives
-            )
-            for member, training in running.items()
-        ]
+        return where_it_stands(trial, running, self._validation)
 
     def _open(self, trial: Assignment, member: Member) -> _Training:
         """Begin a member, or take it up from the state that it left.
@@ -294,8 +272,8 @@ class LocalBackend:
         self._compile(program, self._fold(member.fold).arrays)
         left = self._files.read_state(trial, member, program.load_state)
         if left is not None and left[1].get("trial") == self._key(trial, member):
-            return _Training(program, left[0], **left[1]["progress"])
-        return _Training(program, self._initial(trial, member, program), 0, 0.0, {}, [])
+            return _Training(left[0], **left[1]["progress"], program=program)
+        return _Training(self._initial(trial, member, program), program=program)
 
     def _initial(self, trial: Assignment, member: Member, program: Any) -> Any:
         """Return the state in which a training begins."""
@@ -304,13 +282,7 @@ class LocalBackend:
         return program.init(member.seed, model)
 
     def _save(self, trial: Assignment, member: Member, training: _Training) -> None:
-        progress = {
-            "epochs": training.epochs,
-            "seconds": training.seconds,
-            "curve": training.curve,
-            "objectives": training.objectives,
-        }
-        notes = {"trial": self._key(trial, member), "progress": progress}
+        notes = {"trial": self._key(trial, member), "progress": training.notes()}
         self._files.write_state(
             trial,
             member,
@@ -339,6 +311,12 @@ class LocalBackend:
                 self._folds[number] = _FoldRows(scaling, arrays, len(validation[0]))
             return self._folds[number]
 
+    def _validation(self, fold: int) -> int:
+        return self._fold(fold).validation
+
+    def _hyperparameters(self, trial: Assignment) -> Hyperparameters:
+        return of_training(trial.configuration, self._training.epochs)
+
     def _program(self, trial: Assignment) -> Any:
         from desisky_tune.training.program import program_for
 
@@ -354,6 +332,7 @@ class LocalBackend:
                 loss=self._training.loss,
                 select="rmse",
                 epochs=self._training.epochs,
+                extended=self._hyperparameters(trial).extended,
             )
 
     def _compile(self, program: Any, arrays: TrainingArrays) -> None:
@@ -369,15 +348,6 @@ class LocalBackend:
                 with self.meter.spending("compiling"):
                     prepare(arrays)
                 compiled.done = True
-
-
-def _hyperparameters(trial: Assignment) -> Any:
-    from desisky_tune.training.program import Hyperparameters
-
-    return Hyperparameters(
-        learning_rate=float(trial.configuration["learning_rate"]),
-        huber_delta=float(trial.configuration["huber_delta"]),
-    )
 
 
 def write_checkpoint(

@@ -21,74 +21,10 @@ from optuna.distributions import (
 )
 
 from desisky_tune.search.expression import Condition
-
-Number = int | float
+from desisky_tune.search.hyperparameters import Number, Value, in_full
 
 #: What an entry of a space may hold.
 ENTRY_KEYS: tuple[str, ...] = ("low", "high", "log", "step", "choices", "when", "otherwise")
-
-
-@dataclass(frozen=True)
-class Hyperparameter:
-    """What a hyperparameter is, whatever a space says of it.
-
-    Attributes
-    ----------
-    name
-        As in a space file and in a configuration.
-    whole
-        True when it counts something.
-    lowest, highest
-        Sane bounds (inclusive; `lowest` is exclusive where `positive`).
-    default
-        The value of the documented training run.
-    positive
-        True when `lowest` itself is not allowed.
-    """
-
-    name: str
-    whole: bool
-    lowest: Number
-    highest: Number
-    default: Number
-    positive: bool = False
-
-    @property
-    def rule(self) -> str:
-        """The bounds in words."""
-        kind = "a whole number" if self.whole else "a number"
-        floor = f"above {self.lowest:g}" if self.positive else f"from {self.lowest:g}"
-        return f"{kind} {floor} to {self.highest:g}"
-
-    def coerce(self, value: Any) -> Number:
-        """Return `value` as a number of the right kind.
-
-        Raises
-        ------
-        ValueError
-            With the rule that it breaks, when it cannot be one.
-        """
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"must be {self.rule}")
-        if not math.isfinite(value) or (self.whole and value != int(value)):
-            raise ValueError(f"must be {self.rule}")
-        too_low = value <= self.lowest if self.positive else value < self.lowest
-        if too_low or value > self.highest:
-            raise ValueError(f"must be {self.rule}")
-        return int(value) if self.whole else float(value)
-
-
-#: Every hyperparameter that a search can vary, in the order in which they are suggested.
-HYPERPARAMETERS: Mapping[str, Hyperparameter] = {
-    kind.name: kind
-    for kind in (
-        Hyperparameter("width", True, 1, 8192, 128),
-        Hyperparameter("depth", True, 1, 64, 5),
-        Hyperparameter("learning_rate", False, 0, 10, 1e-4, positive=True),
-        Hyperparameter("huber_delta", False, 0, 100, 0.25, positive=True),
-        Hyperparameter("batch_size", True, 1, 1_000_000, 32),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -140,8 +76,9 @@ class Range:
             )
         return trial.suggest_float(name, self.low, self.top, log=self.log, step=self.step)
 
-    def contains(self, value: Number) -> bool:
+    def contains(self, value: Value) -> bool:
         """Whether `value` is one of this range."""
+        assert not isinstance(value, str)
         if not self.low <= value <= self.top:
             return False
         if self.step is None or self.log:
@@ -149,10 +86,16 @@ class Range:
         steps = (value - self.low) / self.step
         return abs(steps - round(steps)) < 1e-8
 
-    def widened(self, value: Number) -> BaseDistribution:
-        """The distribution, made just wide enough to hold `value`."""
+    def widened(self, value: Value) -> BaseDistribution | None:
+        """The distribution, made just wide enough to hold `value`.
+
+        None where it cannot: 0, which is "off", has no place among factors.
+        """
         if self.contains(value):
             return self.distribution
+        assert not isinstance(value, str)
+        if self.log and value <= 0:
+            return None
         low, high = min(self.low, value), max(self.top, value)
         if self.whole:
             return IntDistribution(int(low), int(high), log=self.log)
@@ -174,8 +117,9 @@ class Range:
         value = min(max(value, self.low), self.top)
         return round(value) if self.whole else float(value)
 
-    def fraction(self, value: Number) -> float:
+    def fraction(self, value: Value) -> float:
         """How far through the range `value` lies (0 to 1): the inverse of `at`."""
+        assert not isinstance(value, str)
         value = min(max(value, self.low), self.top)
         if self.step is not None and not self.log:
             count = round((self.top - self.low) / self.step) + 1
@@ -194,40 +138,53 @@ class Range:
 
 @dataclass(frozen=True)
 class Choices:
-    """One of a list of numbers."""
+    """One of a list of numbers, or of words."""
 
-    choices: tuple[Number, ...]
+    choices: tuple[Value, ...]
 
     @property
     def distribution(self) -> BaseDistribution:
         """The distribution as Optuna knows it."""
         return CategoricalDistribution(self.choices)
 
-    def suggest(self, name: str, trial: Trial) -> Number:
+    def suggest(self, name: str, trial: Trial) -> Value:
         """Ask `trial` for a value."""
         value = trial.suggest_categorical(name, self.choices)
-        assert isinstance(value, int | float)
+        assert isinstance(value, int | float | str)
         return value
 
-    def contains(self, value: Number) -> bool:
+    def contains(self, value: Value) -> bool:
         """Whether `value` is one of the choices."""
         return value in self.choices
 
-    def widened(self, value: Number) -> BaseDistribution | None:
+    def widened(self, value: Value) -> BaseDistribution | None:
         """The distribution, or None: a list of choices cannot grow within a study."""
         return self.distribution if self.contains(value) else None
 
-    def at(self, fraction: float) -> Number:
+    def at(self, fraction: float) -> Value:
         """The choice whose share of the unit interval holds `fraction`, in rising order."""
-        ordered = sorted(self.choices)
+        ordered = self._ordered
         fraction = min(max(fraction, 0.0), 1.0)
         return ordered[min(int(fraction * len(ordered)), len(ordered) - 1)]
 
-    def fraction(self, value: Number) -> float:
+    def fraction(self, value: Value) -> float:
         """The middle of the share of the choice that is nearest to `value`."""
-        ordered = sorted(self.choices)
-        nearest = min(range(len(ordered)), key=lambda index: abs(ordered[index] - value))
+        ordered = self._ordered
+
+        def distance(index: int) -> float:
+            choice = ordered[index]
+            if isinstance(choice, str) or isinstance(value, str):
+                return float(choice != value)
+            return abs(choice - value)
+
+        nearest = min(range(len(ordered)), key=distance)
         return (nearest + 0.5) / len(ordered)
+
+    @property
+    def _ordered(self) -> list[Value]:
+        """Numbers in rising order; words as they stand."""
+        numbers = [choice for choice in self.choices if not isinstance(choice, str)]
+        return [*sorted(numbers)] if len(numbers) == len(self.choices) else [*self.choices]
 
     def entry(self) -> dict[str, Any]:
         """These choices as a space file writes them."""
@@ -238,18 +195,18 @@ class Choices:
 class Fixed:
     """One value, which is not searched."""
 
-    value: Number
+    value: Value
 
     @property
     def distribution(self) -> None:
         """Nothing to draw from."""
         return
 
-    def suggest(self, name: str, trial: Trial) -> Number:
+    def suggest(self, name: str, trial: Trial) -> Value:
         """Return the value; the trial is not asked."""
         return self.value
 
-    def entry(self) -> Number:
+    def entry(self) -> Value:
         """This value as a space file writes it."""
         return self.value
 
@@ -270,30 +227,30 @@ class Conditional:
 
     inner: Range | Choices
     when: Condition
-    otherwise: Number
+    otherwise: Value
 
     def applies(self, configuration: Mapping[str, Any]) -> bool:
         """Whether this hyperparameter is searched beside those of `configuration`."""
-        return self.when.holds(configuration)
+        return self.when.holds(in_full(configuration))
 
     @property
     def distribution(self) -> BaseDistribution:
         """The distribution where it is searched."""
         return self.inner.distribution
 
-    def suggest(self, name: str, trial: Trial) -> Number:
+    def suggest(self, name: str, trial: Trial) -> Value:
         """Ask `trial` for a value, where it is searched."""
         return self.inner.suggest(name, trial)
 
-    def widened(self, value: Number) -> BaseDistribution | None:
+    def widened(self, value: Value) -> BaseDistribution | None:
         """The distribution, wide enough for `value`."""
         return self.inner.widened(value)
 
-    def at(self, fraction: float) -> Number:
+    def at(self, fraction: float) -> Value:
         """The value at `fraction` (0 to 1) of the way."""
         return self.inner.at(fraction)
 
-    def fraction(self, value: Number) -> float:
+    def fraction(self, value: Value) -> float:
         """How far through `value` lies."""
         return self.inner.fraction(value)
 

@@ -127,7 +127,11 @@ def pool(members: Sequence[MemberCurve]) -> Pooled:
 
 
 def pooled_progress(
-    members: Sequence[MemberCurve], seconds: float, reason: str | None = None
+    members: Sequence[MemberCurve],
+    seconds: float,
+    reason: str | None = None,
+    *,
+    patience: int = 0,
 ) -> Progress:
     """Say where a trial stands.
 
@@ -139,6 +143,9 @@ def pooled_progress(
         Time spent training the trial.
     reason
         Why it cannot go on; None while all is well.
+    patience
+        Epochs without a better value, by every seed's pooled curve, after which the trial has
+        ended; 0 for any number.
     """
     if reason is not None:
         return _failed(members, seconds, reason)
@@ -154,6 +161,8 @@ def pooled_progress(
         curve=pooled.curve,
         objectives=pooled.objectives,
         spread=pooled.spread,
+        stopped=patience > 0
+        and all(pooled.epochs > best + patience for best in pooled.best_epochs.values()),
     )
 
 

@@ -26,6 +26,7 @@ from desisky_tune.errors import CheckpointError, DesiskyTuneError, InputError, R
 from desisky_tune.files import atomic_path, first_path
 from desisky_tune.search.arrays import SearchArrays
 from desisky_tune.search.given_weights import GivenWeights, read_given
+from desisky_tune.search.hyperparameters import is_documented_default
 from desisky_tune.search.patience import TRIAL_PATIENCE, patiently
 from desisky_tune.search.space import PretrainSpec, SearchSpec, default_configuration
 
@@ -254,7 +255,7 @@ class PretrainedWeights:
         return {"pretrain": dict(self._plan.note)}
 
     def _applies(self, configuration: Mapping[str, Any]) -> bool:
-        return self._plan is not None and dict(configuration) != dict(self._plan.documented)
+        return self._plan is not None and not is_documented_default(configuration)
 
     def _given(self, width: int, depth: int) -> Any:
         assert self._plan is not None

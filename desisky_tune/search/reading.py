@@ -9,14 +9,18 @@ from typing import Any
 
 from desisky_tune.data.names import nearest_name
 from desisky_tune.search.expression import read_condition
+from desisky_tune.search.hyperparameters import (
+    HYPERPARAMETERS,
+    WORDS,
+    Hyperparameter,
+    Number,
+    Value,
+)
 from desisky_tune.search.parameters import (
     ENTRY_KEYS,
-    HYPERPARAMETERS,
     Choices,
     Conditional,
     Fixed,
-    Hyperparameter,
-    Number,
     Parameter,
     Range,
 )
@@ -56,7 +60,7 @@ def read_parameter(name: str, given: Any) -> tuple[Parameter | None, list[Proble
     name
         One of `HYPERPARAMETERS`.
     given
-        ``{low, high, log, step}``, ``{choices}`` or a number.
+        ``{low, high, log, step}``, ``{choices}`` or a value.
 
     Returns
     -------
@@ -73,16 +77,19 @@ def read_parameter(name: str, given: Any) -> tuple[Parameter | None, list[Proble
             rule = f"a list of values is written {{choices: {given}}}"
             return None, [Problem(field, given, rule)]
         problems: list[Problem] = []
-        value = _number(kind, field, given, problems)
+        value = _value(kind, field, given, problems)
         return (None if problems else Fixed(value)), problems
     if "when" in given or "otherwise" in given:
         return _read_conditional(kind, field, given)
     if "choices" in given:
         return _read_choices(kind, field, given)
+    if kind.words:
+        rule = f"must be {kind.rule}, or {{choices: [{', '.join(kind.words)}]}}"
+        return None, [Problem(field, dict(given), rule)]
     return _read_range(kind, field, given)
 
 
-def read_configuration(field: str, given: Any) -> tuple[dict[str, Number], list[Problem]]:
+def read_configuration(field: str, given: Any) -> tuple[dict[str, Value], list[Problem]]:
     """Read a whole configuration; what it does not name has the documented default's value.
 
     Parameters
@@ -104,8 +111,9 @@ def read_configuration(field: str, given: Any) -> tuple[dict[str, Number], list[
         if name not in HYPERPARAMETERS
     ]
     configuration = {
-        name: _number(kind, f"{field}.{name}", given.get(name, kind.default), problems)
+        name: _value(kind, f"{field}.{name}", given.get(name, kind.default), problems)
         for name, kind in HYPERPARAMETERS.items()
+        if name in given or not kind.optional
     }
     return configuration, problems
 
@@ -127,11 +135,11 @@ def _read_conditional(
         problems.append(Problem(f"{field}.when", text, "must be a condition, such as 'depth > 2'"))
     else:
         try:
-            condition = read_condition(text, before)
+            condition = read_condition(text, before, WORDS)
         except ValueError as error:
             problems.append(Problem(f"{field}.when", text, str(error)))
     given_value = given.get("otherwise", kind.default)
-    otherwise = _number(kind, f"{field}.otherwise", given_value, problems)
+    otherwise = _value(kind, f"{field}.otherwise", given_value, problems)
     if problems or condition is None or not isinstance(inner, Range | Choices):
         return None, problems
     return Conditional(inner, condition, otherwise), []
@@ -152,7 +160,7 @@ def _read_choices(
         )
         return None, problems
     values = [
-        _number(kind, f"{field}.choices[{index}]", value, problems)
+        _value(kind, f"{field}.choices[{index}]", value, problems)
         for index, value in enumerate(choices)
     ]
     if not problems and len(set(values)) < len(values):
@@ -180,7 +188,9 @@ def _read_range(
             rule = "must be above 0 on a log scale"
             problems.append(Problem(f"{field}.{end}", given[end], rule))
         else:
-            bounds[end] = _number(kind, f"{field}.{end}", given[end], problems)
+            bound = _value(kind, f"{field}.{end}", given[end], problems)
+            assert not isinstance(bound, str)
+            bounds[end] = bound
     if problems:
         return None, problems
     low, high = bounds["low"], bounds["high"]
@@ -212,8 +222,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _number(kind: Hyperparameter, field: str, value: Any, problems: list[Problem]) -> Number:
-    """Return `value` as a number of `kind`; where it is none, note the problem."""
+def _value(kind: Hyperparameter, field: str, value: Any, problems: list[Problem]) -> Value:
+    """Return `value` as one of `kind`; where it is none, note the problem."""
     try:
         return kind.coerce(value)
     except ValueError as error:

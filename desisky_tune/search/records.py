@@ -34,10 +34,12 @@ class TrialRecord:
     number
         The trial's number in the study.
     state
-        ``COMPLETE``: trained in full. ``PRUNED``: stopped at a rung. ``FAIL``: its
-        numbers cannot be used; `reason` says why.
+        ``COMPLETE``: trained in full, or until nothing better came for as long as
+        ``early_stopping`` says. ``PRUNED``: stopped at a rung. ``FAIL``: its numbers cannot
+        be used; `reason` says why.
     configuration
-        Hyperparameters: width, depth, learning_rate, huber_delta, batch_size.
+        Hyperparameters: width, depth, learning_rate, huber_delta, batch_size, and the
+        optional ones that the space names.
     objective
         Lowest RMSE so far (mag), the mean of the bands; None where it failed.
     reason
@@ -130,7 +132,8 @@ def finish(
     -------
     TrialRecord
         FAIL with a reason where there is a reason, no result, or a number in it that is
-        not finite; else PRUNED below `max_epochs`; else COMPLETE.
+        not finite; else COMPLETE where it ended early by itself; else PRUNED below
+        `max_epochs`; else COMPLETE.
     """
     result = result or {}
     epochs = int(result.get("epochs") or 0)
@@ -143,9 +146,10 @@ def finish(
     if reason is None:
         assert objective is not None
         reached[epochs] = objective
+    pruned = epochs < max_epochs and not result.get("stopped")
     return TrialRecord(
         number=int(number),
-        state="FAIL" if reason else "PRUNED" if epochs < max_epochs else "COMPLETE",
+        state="FAIL" if reason else "PRUNED" if pruned else "COMPLETE",
         configuration=dict(configuration),
         objective=None if reason else objective,
         reason=reason,

@@ -28,6 +28,7 @@ from desisky_tune.search.finalists import (
     unfinished_finalists,
 )
 from desisky_tune.search.folder import RunFolder
+from desisky_tune.search.hyperparameters import is_documented_default
 from desisky_tune.search.leaderboard import leaderboard
 from desisky_tune.search.local import checkpoint_path, state_path, sweep
 from desisky_tune.search.origin import SearchRun, now, open_run, write_run
@@ -291,9 +292,8 @@ def _finish(
 
 def _fetch_weights(folder: RunFolder, winner: TrialRecord, records: list[TrialRecord]) -> None:
     """Bring what the winner and the documented default are made from to this machine."""
-    documented = default_configuration()
     for record in records:
-        if record.number == winner.number or record.configuration == documented:
+        if record.number == winner.number or is_documented_default(record.configuration):
             paths = checkpoint_path, state_path
             folder.fetched(*(path(folder.trials, record.number) for path in paths))
 

@@ -29,7 +29,8 @@ class RungScheduler(ASHAScheduler):
     ratio of logarithms that can fall short by rounding) and records a trial that enters
     above a rung as if it had reached that rung; here a report counts at its own rung
     alone. The objective of a report is the lowest so far, so it never rises from rung to
-    rung.
+    rung. A trial that ended early by itself (``early_stopping``) counts at the rungs beyond
+    with what it came to: those that get there compete with it.
 
     Parameters
     ----------
@@ -73,6 +74,8 @@ class RungScheduler(ASHAScheduler):
             for epochs, objective in record.rungs.items():
                 if epochs in self._reached and math.isfinite(objective):
                     self._reached[epochs][record.number] = objective
+            if record.state == "COMPLETE" and record.objective is not None:
+                self._count_beyond(record.number, record.epochs, record.objective)
 
     def decide(self, number: int, epochs: int, objective: float) -> str:
         """Return whether trial `number` goes on from `epochs` (`CONTINUE` or `STOP`).
@@ -98,16 +101,28 @@ class RungScheduler(ASHAScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
         """Decide at a report."""
         number, epochs = int(trial.config["trial"]), int(result[TIME])
-        for rung, objective in nested(result, "rungs").items():
-            # A trial that an earlier process took further reports where it stands alone.
-            if int(rung) < epochs and int(rung) in self._reached:
-                self._reached[int(rung)].setdefault(number, float(objective))
+        self._count_below(number, epochs, result)
         action = self.decide(number, epochs, float(result[METRIC]))
         self._num_stopped += action == TrialScheduler.STOP
         return resting(action, self._stop)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: Any) -> None:
-        """Its reports have been counted."""
+        """Count a trial that ended early where it did not get to; the others have been counted."""
+        if result and result.get("stopped"):
+            number, epochs = int(trial.config["trial"]), int(result[TIME])
+            self._count_below(number, epochs, result)
+            self._count_beyond(number, epochs, float(result[METRIC]))
+
+    def _count_below(self, number: int, epochs: int, result: Mapping[str, Any]) -> None:
+        """Count the rungs on the way: a trial that was taken further before reports its last."""
+        for rung, objective in nested(result, "rungs").items():
+            if int(rung) < epochs and int(rung) in self._reached:
+                self._reached[int(rung)].setdefault(number, float(objective))
+
+    def _count_beyond(self, number: int, epochs: int, objective: float) -> None:
+        for rung in self._reached:
+            if rung >= epochs:
+                self._reached[rung].setdefault(number, objective)
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
         """Its reports have been counted."""

@@ -35,7 +35,7 @@ class SingleTraining:
     spec
         Data, split and training; its space is not looked at.
     configuration
-        width, depth, learning_rate, huber_delta, batch_size.
+        width, depth, learning_rate, huber_delta, batch_size, and optional ones.
     seed
         Of the initial weights and the shuffles.
     table, split
@@ -153,7 +153,7 @@ def train_single(
     Returns
     -------
     Progress
-        After the last epoch, with the whole curve.
+        After the last epoch, early stopping's or the settings', with the whole curve.
 
     Raises
     ------
@@ -181,8 +181,11 @@ def train_single(
                 progress = backend.advance(assignment, epochs)
                 if progress.failed:
                     raise SearchError(f"training failed: {progress.reason}")
-                if on_progress is not None and (epochs % every == 0 or epochs == last):
+                told = epochs % every == 0 or epochs == last or progress.stopped
+                if on_progress is not None and told:
                     on_progress(progress)
+                if progress.stopped:
+                    break
         except KeyboardInterrupt:
             if progress is None:
                 raise

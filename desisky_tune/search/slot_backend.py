@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,38 +19,26 @@ import numpy as np
 
 from desisky_tune.data.columns import BANDS
 from desisky_tune.search.arrays import SearchArrays
-from desisky_tune.search.backend import CURVE_SERIES, Assignment, Member, Progress
+from desisky_tune.search.backend import Assignment, Member, Progress
+from desisky_tune.search.hyperparameters import of_training
 from desisky_tune.search.local import member_header, write_checkpoint
-from desisky_tune.search.pooling import MemberCurve, member_progress, pool, pooled_progress
+from desisky_tune.search.pooling import member_progress, pool
 from desisky_tune.search.pretraining import PretrainedWeights
 from desisky_tune.search.slot_banks import Outcome, SlotBanks, Work
+from desisky_tune.search.trainings import (
+    RunningTrial,
+    Training,
+    curves_of,
+    next_goal,
+    where_it_stands,
+)
 from desisky_tune.search.trial_files import TrialFiles
 
 if TYPE_CHECKING:
     from desisky_tune.search.pretraining import Pretraining
-    from desisky_tune.search.space import TrainingSpec
+    from desisky_tune.search.sections import TrainingSpec
     from desisky_tune.search.storage import RunMirror
     from desisky_tune.training.slots import SlotShape
-
-
-@dataclass(frozen=True)
-class _Training:
-    """One member under way: where it stands, and what it has measured."""
-
-    state: Any
-    epochs: int
-    seconds: float
-    curve: dict[str, list[float]]
-    objectives: list[float]
-    failed: bool = False
-
-
-class _Trial:
-    """The members of a trial; whoever changes them holds the lock."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.trainings: dict[Member, _Training] = {}
 
 
 class SlotBackend:
@@ -117,7 +105,7 @@ class SlotBackend:
         self._banks = SlotBanks(rows)
         self.meter = self._banks.meter
         self._start = PretrainedWeights(pretraining, self.meter)
-        self._trials: dict[int, _Trial] = {}
+        self._trials: dict[int, RunningTrial[Training]] = {}
         self._lock = threading.Lock()
 
     def advance(self, trial: Assignment, epochs: int) -> Progress:
@@ -129,16 +117,23 @@ class SlotBackend:
             When the trial does not fit the device's memory.
         """
         with self._lock:
-            running = self._trials.setdefault(trial.number, _Trial())
+            running = self._trials.setdefault(trial.number, RunningTrial())
         with running.lock:
             shape = self._plan.shape(trial.configuration)
             if not running.trainings:
                 self._files.discard_weights(trial)
                 for member in trial.trainings:
                     running.trainings[member] = self._open(trial, member, shape)
-            self._train(trial, running.trainings, shape, epochs)
-            progress = self._progress(trial, running.trainings)
-            complete = progress.epochs >= self._training.epochs and not progress.failed
+            progress: Progress | None = None
+            while progress is None or not progress.ends_at(epochs):
+                goal = next_goal(trial, running.trainings, self._validation, epochs)
+                # On the way to where early stopping looks again, nothing need be on disk.
+                self._train(trial, running.trainings, shape, goal, keep=goal == epochs)
+                progress = self._progress(trial, running.trainings)
+                if progress.stopped and goal < epochs:
+                    for member, training in running.trainings.items():
+                        self._save(trial, member, training, shape)
+            complete = progress.ends_at(self._training.epochs) and not progress.failed
             if trial.keep_members and complete:
                 self._keep_members(trial, running.trainings, shape)
             return progress
@@ -172,10 +167,10 @@ class SlotBackend:
             self._files.write_weights(trial, write)
 
     def _keep_members(
-        self, trial: Assignment, trainings: Mapping[Member, _Training], shape: SlotShape
+        self, trial: Assignment, trainings: Mapping[Member, Training], shape: SlotShape
     ) -> None:
         """Write the weights of every member at the best epoch of its seed's pooled curve."""
-        best_epochs = pool(self._curves(trainings)).best_epochs
+        best_epochs = pool(curves_of(trainings, self._validation)).best_epochs
         header = {**self._header, **self._start.header(trial.configuration)}
         again = [
             member
@@ -184,7 +179,7 @@ class SlotBackend:
         ]
         # What was not a member's own best is not kept while it trains: those train once more.
         works = [
-            _work(
+            self._work(
                 trial,
                 member,
                 self._fresh(trial, member, shape),
@@ -229,12 +224,14 @@ class SlotBackend:
     def _train(
         self,
         trial: Assignment,
-        trainings: dict[Member, _Training],
+        trainings: dict[Member, Training],
         shape: SlotShape,
         epochs: int,
+        *,
+        keep: bool,
     ) -> None:
         works = [
-            _work(trial, member, training.state, shape, epochs)
+            self._work(trial, member, training.state, shape, epochs)
             for member, training in trainings.items()
             if training.epochs < epochs and not training.failed
         ]
@@ -244,58 +241,21 @@ class SlotBackend:
         for member in list(trainings):
             if (outcome := outcomes.get((trial.number, member))) is not None:
                 trainings[member] = self._after(trial, trainings[member], outcome, shape)
-                if not trainings[member].failed:
+                if keep and not trainings[member].failed:
                     self._save(trial, member, trainings[member], shape)
 
     def _after(
-        self, trial: Assignment, training: _Training, outcome: Outcome, shape: SlotShape
-    ) -> _Training:
+        self, trial: Assignment, training: Training, outcome: Outcome, shape: SlotShape
+    ) -> Training:
         """Add an outcome to what a member has measured."""
-        curves = outcome.curves
-        table = np.concatenate(
-            [
-                np.column_stack([curve.train_loss, curve.test_loss, curve.rmse, curve.objective])
-                for curve in curves
-            ]
-        )
-        *series, objectives = table.T
-        return replace(
-            training,
-            state=_state_of(trial, shape, outcome.words),
-            epochs=training.epochs + len(table),
-            seconds=training.seconds + outcome.seconds,
-            curve={
-                name: [*training.curve.get(name, ()), *map(float, values)]
-                for name, values in zip(CURVE_SERIES, series, strict=True)
-            },
-            objectives=[*training.objectives, *map(float, objectives)],
-            failed=curves[-1].failed,
-        )
+        state = _state_of(trial, shape, outcome.words)
+        return training.after(outcome.curves, state, outcome.seconds)
 
-    def _progress(self, trial: Assignment, trainings: Mapping[Member, _Training]) -> Progress:
-        """Say where a trial stands: at the best epoch so far of its members together."""
-        curves = self._curves(trainings)
-        seconds = sum(training.seconds for training in trainings.values())
-        for member, training in trainings.items():
-            if training.failed or not training.epochs:
-                where = f" (fold {member.fold}, seed {member.seed})" if trial.members else ""
-                reason = (
-                    "training diverged: a loss was not finite in epoch"
-                    f" {training.epochs - 1}{where}"
-                )
-                return pooled_progress(curves, seconds, reason)
-        return pooled_progress(curves, seconds)
+    def _progress(self, trial: Assignment, trainings: Mapping[Member, Training]) -> Progress:
+        return where_it_stands(trial, trainings, self._validation)
 
-    def _curves(self, trainings: Mapping[Member, _Training]) -> list[MemberCurve]:
-        return [
-            MemberCurve(
-                member,
-                len(self._folds[member.fold].validation),
-                training.curve,
-                training.objectives,
-            )
-            for member, training in trainings.items()
-        ]
+    def _validation(self, fold: int) -> int:
+        return len(self._folds[fold].validation)
 
     def _fresh(self, trial: Assignment, member: Member, shape: SlotShape) -> Any:
         """Return the state in which a training begins."""
@@ -312,7 +272,7 @@ class SlotBackend:
         width = int(trial.configuration["width"])
         return model_of(parameters, len(self._features), len(BANDS), width)
 
-    def _open(self, trial: Assignment, member: Member, shape: SlotShape) -> _Training:
+    def _open(self, trial: Assignment, member: Member, shape: SlotShape) -> Training:
         """Begin a member, or take it up from the state that it left.
 
         A state that cannot be read, or is another configuration's or shape's, is begun anew:
@@ -323,23 +283,41 @@ class SlotBackend:
         fresh = self._fresh(trial, member, shape)
         left = self._files.read_state(trial, member, lambda path: read_state(path, fresh))
         if left is not None and left[1].get("trial") == self._key(trial, member, shape):
-            return _Training(left[0], **left[1]["progress"])
-        return _Training(fresh, 0, 0.0, {}, [])
+            return Training(left[0], **left[1]["progress"])
+        return Training(fresh)
 
     def _save(
-        self, trial: Assignment, member: Member, training: _Training, shape: SlotShape
+        self, trial: Assignment, member: Member, training: Training, shape: SlotShape
     ) -> None:
         from desisky_tune.training.state_file import write_state
 
-        progress = {
-            "epochs": training.epochs,
-            "seconds": training.seconds,
-            "curve": training.curve,
-            "objectives": training.objectives,
-        }
-        notes = {"trial": self._key(trial, member, shape), "progress": progress}
+        notes = {"trial": self._key(trial, member, shape), "progress": training.notes()}
         self._files.write_state(
             trial, member, lambda path: write_state(path, training.state, notes)
+        )
+
+    def _work(
+        self,
+        trial: Assignment,
+        member: Member,
+        state: Any,
+        shape: SlotShape,
+        epochs: int,
+        *mark: str,
+    ) -> Work:
+        """Return what is to be done to take a training to `epochs` epochs in all."""
+        from desisky_tune.training.hyperparameters import steps_per_epoch
+
+        hyperparameters = of_training(trial.configuration, self._training.epochs)
+        rows = len(self._folds[member.fold].train)
+        return Work(
+            key=(trial.number, member, *mark),
+            shape=shape,
+            state=state,
+            step=hyperparameters.steps(steps_per_epoch(rows, shape.batch_size)),
+            huber_delta=hyperparameters.huber_delta,
+            fold=member.fold,
+            target=epochs,
         )
 
     def _key(self, trial: Assignment, member: Member, shape: SlotShape) -> dict[str, Any]:
@@ -350,21 +328,6 @@ class SlotBackend:
             "scaling": self._folds[member.fold].scaling.as_dict(),
             "shape": asdict(shape),
         }
-
-
-def _work(
-    trial: Assignment, member: Member, state: Any, shape: SlotShape, epochs: int, *mark: str
-) -> Work:
-    """Return what is to be done to take a training to `epochs` epochs in all."""
-    return Work(
-        key=(trial.number, member, *mark),
-        shape=shape,
-        state=state,
-        learning_rate=float(trial.configuration["learning_rate"]),
-        huber_delta=float(trial.configuration["huber_delta"]),
-        fold=member.fold,
-        target=epochs,
-    )
 
 
 def _state_of(trial: Assignment, shape: SlotShape, words: Any) -> Any:

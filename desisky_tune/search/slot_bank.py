@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from desisky_tune.training.arrays import Curve
+    from desisky_tune.training.hyperparameters import StepSettings
     from desisky_tune.training.slots import SlotProgram, SlotSettings, SlotShape
 
 
@@ -24,7 +25,7 @@ class Work:
         Of the program that trains it.
     state
         Where it stands, at its true width.
-    learning_rate, huber_delta, fold
+    step, huber_delta, fold
         Its settings.
     target
         Epochs in all.
@@ -33,7 +34,7 @@ class Work:
     key: Hashable
     shape: SlotShape
     state: Any
-    learning_rate: float
+    step: StepSettings
     huber_delta: float
     fold: int
     target: int

@@ -247,10 +247,7 @@ class SlotBanks:
             bank.arrivals.append((slot, arriving))
             self._places[work.key] = bank, slot
         bank.seats[slot] = Seat(work.key, work, group)
-        settings = bank.settings
-        settings.learning_rate[slot] = work.learning_rate
-        settings.huber_delta[slot] = work.huber_delta
-        settings.fold[slot], settings.target[slot] = work.fold, work.target
+        bank.settings.fill(slot, work.step, work.huber_delta, fold=work.fold, target=work.target)
         self._changed.notify_all()
 
     # ------------------------------------------------------------------ by the one thread

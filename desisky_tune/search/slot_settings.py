@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from desisky_tune.errors import InputError
+from desisky_tune.search.hyperparameters import of_training
 from desisky_tune.search.parameters import Fixed, Parameter
 from desisky_tune.training.widths import padded_width
 
@@ -123,6 +124,7 @@ class SlotPlan:
             width=padded_width(int(configuration["width"])),
             batch_size=int(configuration["batch_size"]),
             slots=self._slots or 1,
+            extended=of_training(configuration, 1).extended,
             **self._common,
         )
         if self._slots is not None:

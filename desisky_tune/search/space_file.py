@@ -13,9 +13,11 @@ from pydantic import BaseModel, ValidationError
 
 from desisky_tune.data.names import nearest_name
 from desisky_tune.errors import SpaceError
-from desisky_tune.search.parameters import ENTRY_KEYS, HYPERPARAMETERS
+from desisky_tune.search.hyperparameters import HYPERPARAMETERS
+from desisky_tune.search.parameters import ENTRY_KEYS
 from desisky_tune.search.reading import Problem, unknown_key
-from desisky_tune.search.space import SIMULATED, SearchSpec
+from desisky_tune.search.sections import SIMULATED
+from desisky_tune.search.space import SearchSpec
 from desisky_tune.search.yaml_reader import YamlError, read_yaml
 
 #: A space file is a page of text; what is larger is something else.

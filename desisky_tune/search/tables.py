@@ -16,12 +16,14 @@ import pyarrow.parquet as pq
 from desisky_tune.data.columns import BANDS
 from desisky_tune.files import atomic_path
 from desisky_tune.search.backend import CURVE_SERIES
+from desisky_tune.search.hyperparameters import OPTIONAL, in_full
 
 if TYPE_CHECKING:
     from desisky_tune.search.records import TrialRecord
 
 #: ``trials.parquet``: a row per trial. RMSE in mag; times in seconds, since 1970-01-01
-#: UTC where they are points in time; epochs count from 0.
+#: UTC where they are points in time; epochs count from 0. Optional hyperparameters that a
+#: search did not name stand there as what they were: off.
 TRIALS_SCHEMA = pa.schema(
     [
         ("trial", pa.int64()),
@@ -34,6 +36,12 @@ TRIALS_SCHEMA = pa.schema(
         ("learning_rate", pa.float64()),
         ("huber_delta", pa.float64()),
         ("batch_size", pa.int64()),
+        ("schedule", pa.string()),
+        ("warmup", pa.float64()),
+        ("final_rate", pa.float64()),
+        ("weight_decay", pa.float64()),
+        ("gradient_clip", pa.float64()),
+        ("early_stopping", pa.int64()),
         ("parameters", pa.int64()),
         ("epochs", pa.int64()),
         ("best_epoch", pa.int64()),
@@ -56,7 +64,7 @@ CURVES_SCHEMA = pa.schema(
 
 def trial_row(record: TrialRecord) -> dict[str, Any]:
     """Return a record as one row of `TRIALS_SCHEMA`."""
-    configuration, rmse = record.configuration, record.rmse or {}
+    configuration, rmse = in_full(record.configuration), record.rmse or {}
     return {
         "trial": record.number,
         "state": record.state,
@@ -68,6 +76,7 @@ def trial_row(record: TrialRecord) -> dict[str, Any]:
         "learning_rate": float(configuration["learning_rate"]),
         "huber_delta": float(configuration["huber_delta"]),
         "batch_size": int(configuration["batch_size"]),
+        **{name: configuration[name] for name in OPTIONAL},
         "parameters": record.parameters,
         "epochs": record.epochs,
         "best_epoch": record.best_epoch,

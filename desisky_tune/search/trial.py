@@ -102,7 +102,7 @@ class SearchTrial(tune.Trainable):
             ray.get(self._roster.wait.remote(ROSTER_PATIENCE))
             self._roster = None
         self._epochs = progress.epochs
-        done = progress.failed or progress.epochs >= self._plan.rungs[-1]
+        done = progress.ends_at(self._plan.rungs[-1])
         self._reached = {
             **progress.as_result(self._plan.rungs),
             "seed": self._plan.seed,

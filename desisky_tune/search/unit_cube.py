@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import norm, qmc, rankdata
 
 from desisky_tune.search.gaussian_process import GaussianProcess, next_point
+from desisky_tune.search.hyperparameters import Value
 from desisky_tune.search.parameters import Choices, Conditional, Range
 from desisky_tune.search.space import SearchSpec
 
@@ -102,7 +103,7 @@ class _UnitCubeSampler(BaseSampler):
             [self._spec.broken_constraint(fixed | self._values(point)) is None for point in points]
         )
 
-    def _values(self, point: np.ndarray) -> dict[str, int | float]:
+    def _values(self, point: np.ndarray) -> dict[str, Value]:
         """Return the hyperparameters at a point (axes,)."""
         return {
             name: axis.at(float(fraction))

@@ -11,15 +11,15 @@ from pathlib import Path
 
 from desisky_tune.errors import RunError
 from desisky_tune.search.folder import RunFolder
+from desisky_tune.search.hyperparameters import HYPERPARAMETERS, Value, is_documented_default
 from desisky_tune.search.leaderboard import leaderboard
-from desisky_tune.search.parameters import HYPERPARAMETERS
 from desisky_tune.search.records import Ledger
-from desisky_tune.search.space import SearchSpec, default_configuration
+from desisky_tune.search.space import SearchSpec
 
 #: Configurations that are taken from each run.
 BEST_OF_RUN = 5
 
-Configuration = dict[str, int | float]
+Configuration = dict[str, Value]
 
 
 def earlier_configurations(spec: SearchSpec, runs: Iterable[str | Path]) -> list[Configuration]:
@@ -49,8 +49,9 @@ def earlier_configurations(spec: SearchSpec, runs: Iterable[str | Path]) -> list
         allowed = [
             configuration
             for number in ranked
-            if (configuration := _known(by_number[int(number)].configuration))
-            != default_configuration()
+            if not is_documented_default(
+                configuration := _known(by_number[int(number)].configuration)
+            )
             and configuration not in found
             and spec.broken_constraint(configuration) is None
         ]
@@ -58,5 +59,5 @@ def earlier_configurations(spec: SearchSpec, runs: Iterable[str | Path]) -> list
     return found[: spec.search.trials // 2]
 
 
-def _known(configuration: dict[str, int | float]) -> Configuration:
+def _known(configuration: dict[str, Value]) -> Configuration:
     return {name: configuration[name] for name in HYPERPARAMETERS if name in configuration}

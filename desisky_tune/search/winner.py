@@ -62,8 +62,8 @@ from desisky_tune.search.finalists import (
     write_out_of_fold,
 )
 from desisky_tune.search.folder import write_json
+from desisky_tune.search.hyperparameters import is_documented_default
 from desisky_tune.search.pretraining import pretrain_sentence
-from desisky_tune.search.space import default_configuration
 from desisky_tune.search.trial_files import final_path
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def _known(run: SearchRun, winner: int) -> dict[str, Any] | None:
 
 
 def _is_default(record: TrialRecord) -> bool:
-    return record.state == "COMPLETE" and record.configuration == default_configuration()
+    return record.state == "COMPLETE" and is_documented_default(record.configuration)
 
 
 def _check(run: SearchRun, reread: float, record: TrialRecord) -> None:

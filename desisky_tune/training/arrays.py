@@ -17,22 +17,6 @@ from desisky_tune.training.scaling import Scaling
 Array = Any
 
 
-@dataclass(frozen=True)
-class Hyperparameters:
-    """What may change without a compile.
-
-    Attributes
-    ----------
-    learning_rate
-        Step size of Adam (an optimizer of your own ignores it).
-    huber_delta
-        Residual (mag) at which the Huber loss turns linear; the L2 loss ignores it.
-    """
-
-    learning_rate: float
-    huber_delta: float = 1.0
-
-
 class TrainingArrays(NamedTuple):
     """Rows on the device. Make it with `training_arrays`.
 

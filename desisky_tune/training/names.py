@@ -7,3 +7,6 @@ LOSSES: tuple[str, ...] = ("l2", "huber")
 
 #: What a program may keep the best parameters by; likewise.
 SELECTIONS: tuple[str, ...] = ("rmse", "loss")
+
+#: How the learning rate may go.
+SCHEDULES: tuple[str, ...] = ("constant", "cosine")

@@ -24,24 +24,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 from numpy.typing import NDArray
 
 from desisky_tune.errors import InputError
 from desisky_tune.training.arrays import (
     Curve,
-    Hyperparameters,
     TargetScale,
     TrainingArrays,
     TrainState,
     curve_of,
     training_arrays,
 )
+from desisky_tune.training.epochs import Epochs
+from desisky_tune.training.hyperparameters import Hyperparameters, steps_per_epoch
 from desisky_tune.training.lean import LeanStepper
 from desisky_tune.training.losses import named_loss
 from desisky_tune.training.names import SELECTIONS
-from desisky_tune.training.shuffle import epoch_order
-from desisky_tune.training.steps import GenericStepper, Stepper, trainable
+from desisky_tune.training.steps import ExtendedStepper, GenericStepper, Stepper, trainable
 
 if TYPE_CHECKING:
     from desisky_tune.training.native.program import NativeProgram
@@ -87,6 +86,9 @@ class Program:
         Epochs that one device call can record.
     lean
         False takes the general step where the lean one would fit (for comparison).
+    extended
+        Take what `Hyperparameters` may ask for beside a learning rate: schedule, weight decay,
+        clipping. Not with an optimizer of your own.
     """
 
     def __init__(
@@ -102,37 +104,49 @@ class Program:
         drop_last: bool = False,
         capacity: int = DEFAULT_CAPACITY,
         lean: bool = True,
+        extended: bool = False,
     ) -> None:
         check_settings(
             batch_size=batch_size, loss=loss, select=select, validate_every=validate_every
         )
+        if extended and optimizer is not None:
+            raise InputError("Program: extended is not for an optimizer of your own")
         if capacity < 1:
             raise InputError(f"Program: capacity is {capacity}; it must be at least 1")
-        self._loss = named_loss(loss)
         self._skeleton = eqx.filter(model, trainable, inverse=True)
         self._abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
             eqx.filter(model, trainable),
         )
         self._batch_size = batch_size
-        self._select = select
-        self._validate_every = validate_every
-        self._shuffle = shuffle
         self._drop_last = drop_last
         self._capacity = capacity
         self._stepper: Stepper
-        if lean and optimizer is None and LeanStepper.fits(model):
+        self._extended = extended
+        if extended:
+            self._stepper = ExtendedStepper(self._skeleton)
+        elif lean and optimizer is None and LeanStepper.fits(model):
             self._stepper = LeanStepper(self._skeleton, batch_size)
         else:
             self._stepper = GenericStepper(self._skeleton, optimizer)
+        epochs = Epochs(
+            self._stepper,
+            named_loss(loss),
+            batch_size=batch_size,
+            select=select,
+            validate_every=validate_every,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            capacity=capacity,
+        )
         self._begin = jax.jit(self._begin_on_device)
-        self._advance = jax.jit(self._advance_on_device)
+        self._advance = jax.jit(epochs.advance)
         self._unpack = jax.jit(self._unpack_on_device)
         # The same epoch in pieces, for batches that cannot be gathered (`loop`).
-        self.batch_step = jax.jit(self._batch_step_on_device)
-        self.predict = jax.jit(self._predict_on_device)
-        self.measure = jax.jit(self._measure)
-        self.conclude = jax.jit(self._conclude)
+        self.batch_step = jax.jit(epochs.batch_step)
+        self.predict = jax.jit(epochs.predict)
+        self.measure = jax.jit(epochs.measure)
+        self.conclude = jax.jit(epochs.conclude)
 
     # ------------------------------------------------------------------ life of a training
 
@@ -181,7 +195,7 @@ class Program:
         state, curve
             Where the training stands now, and the epochs just done.
         """
-        rate = jnp.float32(hyperparameters.learning_rate)
+        rate = self._rate(hyperparameters, len(arrays.train_inputs))
         delta = jnp.float32(hyperparameters.huber_delta)
         rows: list[NDArray[np.float32]] = []
         while epochs > 0:
@@ -201,7 +215,8 @@ class Program:
         Without it the first training of a shape compiles as it goes.
         """
         state = self.init(0)
-        rate, delta = jnp.float32(1e-4), jnp.float32(1.0)
+        rate = self._rate(Hyperparameters(1e-4), len(arrays.train_inputs))
+        delta = jnp.float32(1.0)
         state, _, table = self._advance(state, arrays, rate, delta, jnp.int32(0))
         self._unpack(state.best_parameters)
         table.block_until_ready()
@@ -252,6 +267,16 @@ class Program:
 
     # ------------------------------------------------------------------ inside the compiled part
 
+    def _rate(self, hyperparameters: Hyperparameters, rows: int) -> Any:
+        """Return what the stepper takes for a learning rate."""
+        if self._extended:
+            return hyperparameters.steps(steps_per_epoch(rows, self._batch_size, self._drop_last))
+        if hyperparameters.extended:
+            raise InputError(
+                "Program: a schedule, weight decay or clipping needs a program made with extended"
+            )
+        return jnp.float32(hyperparameters.learning_rate)
+
     def _fresh(self, seed: int) -> eqx.nn.MLP:
         skeleton = self._skeleton
         if type(skeleton) is not eqx.nn.MLP:
@@ -284,156 +309,10 @@ class Program:
     def _unpack_on_device(self, packed: Any) -> Any:
         return eqx.filter(self._stepper.unpack(packed), eqx.is_inexact_array)
 
-    def _advance_on_device(
-        self, state: TrainState, arrays: TrainingArrays, rate: Any, delta: Any, epochs: Any
-    ) -> tuple[TrainState, jax.Array, jax.Array]:
-        """Return the new state, the epochs done, and a table with a row for each of them."""
-
-        def goes_on(carry: tuple[TrainState, jax.Array, jax.Array]) -> jax.Array:
-            state, done, _ = carry
-            return (done < epochs) & ~state.failed
-
-        def next_epoch(
-            carry: tuple[TrainState, jax.Array, jax.Array],
-        ) -> tuple[TrainState, jax.Array, jax.Array]:
-            state, done, table = carry
-            state, row = self._epoch(state, arrays, rate, delta)
-            return state, done + 1, table.at[done].set(row)
-
-        columns = 4 + arrays.train_targets.shape[1]
-        table = jnp.full((self._capacity, columns), jnp.nan, jnp.float32)
-        return lax.while_loop(goes_on, next_epoch, (state, jnp.int32(0), table))
-
-    def _epoch(
-        self, state: TrainState, arrays: TrainingArrays, rate: Any, delta: Any
-    ) -> tuple[TrainState, jax.Array]:
-        parameters, optimiser, train_loss = self._pass(state, arrays, rate, delta)
-        outputs = arrays.train_targets.shape[1]
-
-        def validate(parameters: Any) -> jax.Array:
-            output = self._stepper.predict(parameters, arrays.validation_inputs)
-            return self._measure(_magnitudes(output, arrays), arrays.validation_targets, delta)
-
-        if self._validate_every == 1:
-            due, measured = jnp.bool_(True), validate(parameters)
-        else:
-            due = state.epoch % self._validate_every == 0
-            measured = lax.cond(
-                due, validate, lambda _: jnp.full(2 + outputs, jnp.nan, jnp.float32), parameters
-            )
-        return self._conclude(state, parameters, optimiser, train_loss, measured, due)
-
-    def _measure(self, predictions: Any, targets: Any, delta: Any) -> jax.Array:
-        """Return test loss, objective and RMSE of each output, over all rows."""
-        loss = self._loss(predictions, targets, delta)
-        rmse = jnp.sqrt(jnp.mean((predictions - targets) ** 2, axis=0))
-        return jnp.concatenate([jnp.stack([loss, rmse.mean()]), rmse])
-
-    def _conclude(
-        self,
-        state: TrainState,
-        parameters: Any,
-        optimiser: Any,
-        train_loss: jax.Array,
-        measured: jax.Array,
-        due: jax.Array,
-    ) -> tuple[TrainState, jax.Array]:
-        """Close an epoch: keep its parameters if they are the best; make its row."""
-        # Only what is finite may be the best: a NaN compares as not lower, an infinite loss
-        # of the training rows is excluded here.
-        failed = ~jnp.isfinite(train_loss) | (due & ~jnp.isfinite(measured[:2]).all())
-        value = measured[1] if self._select == "rmse" else measured[0]
-        better = due & ~failed & (value < state.best_value)
-        row = jnp.concatenate([train_loss[None], measured, due[None].astype(jnp.float32)])
-        return state._replace(
-            parameters=parameters,
-            optimiser=optimiser,
-            best_parameters=jax.tree.map(
-                lambda new, old: jnp.where(better, new, old), parameters, state.best_parameters
-            ),
-            best_value=jnp.where(better, value, state.best_value),
-            best_epoch=jnp.where(better, state.epoch, state.best_epoch),
-            epoch=state.epoch + 1,
-            failed=failed,
-        ), row
-
-    def _pass(
-        self, state: TrainState, arrays: TrainingArrays, rate: Any, delta: Any
-    ) -> tuple[Any, Any, jax.Array]:
-        """Take one step on each batch; return the mean loss of the rows, too."""
-        inputs, targets = arrays.train_inputs, arrays.train_targets
-        rows, batch = len(inputs), self._batch_size
-        if self._shuffle:
-            order = epoch_order(state.seed, state.epoch, rows)
-            inputs, targets = inputs[order], targets[order]
-        full, short = divmod(rows, batch)
-        if self._drop_last:
-            short = 0
-        if not (full or short):
-            raise InputError(f"drop_last leaves no batch of {batch} out of {rows} rows")
-
-        def step(carry: tuple[Any, Any], batch: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
-            prepared, observed = batch
-            *carry_out, loss = self._stepper.step(
-                *carry,
-                prepared,
-                lambda output: self._loss(_magnitudes(output, arrays), observed, delta),
-                rate,
-            )
-            return tuple(carry_out), loss
-
-        carry: Any = (state.parameters, state.optimiser)
-        total = jnp.float32(0)
-        used = full * batch
-        if full:
-            stacked = (
-                inputs[:used].reshape(full, batch, -1),
-                targets[:used].reshape(full, batch, -1),
-            )
-            carry, losses = lax.scan(step, carry, (self._stepper.batches(stacked[0]), stacked[1]))
-            total = batch * losses.sum()
-        if short:
-            # A step of its own size, not a padded one: exact, and no operation on padding.
-            last = self._stepper.batches(inputs[None, used:])
-            carry, loss = step(carry, (jax.tree.map(lambda part: part[0], last), targets[used:]))
-            total = total + short * loss
-        parameters, optimiser = carry
-        return parameters, optimiser, total / (used + short)
-
-    # ------------------------------------------------------------------ batch by batch
-
-    def _batch_step_on_device(
-        self,
-        parameters: Any,
-        optimiser: Any,
-        inputs: jax.Array,
-        targets: jax.Array,
-        scale: TargetScale,
-        hyperparameters: tuple[Any, Any],
-    ) -> tuple[Any, Any, jax.Array]:
-        rate, delta = hyperparameters
-        prepared = jax.tree.map(lambda part: part[0], self._stepper.batches(inputs[None]))
-        return self._stepper.step(
-            parameters,
-            optimiser,
-            prepared,
-            lambda output: self._loss(_magnitudes(output, scale), targets, delta),
-            rate,
-        )
-
-    def _predict_on_device(
-        self, parameters: Any, inputs: jax.Array, scale: TargetScale
-    ) -> jax.Array:
-        return _magnitudes(self._stepper.predict(parameters, inputs), scale)
-
 
 def _shapes(tree: Any) -> tuple[Any, ...]:
     leaves, structure = jax.tree.flatten(tree)
     return structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
-
-
-def _magnitudes(output: jax.Array, scale: TargetScale | TrainingArrays) -> jax.Array:
-    return output * scale.target_sd + scale.target_mean
 
 
 def native_core(
@@ -465,6 +344,7 @@ def program_for(
     shuffle: bool = True,
     drop_last: bool = False,
     core: str = "auto",
+    extended: bool = False,
 ) -> Program | NativeProgram:
     """Return the program of an MLP's shape; asked for again, the same one, compiled already.
 
@@ -479,6 +359,8 @@ def program_for(
     core
         "auto": the native core on a CPU where it can be had and knows the loss, else XLA.
         "xla": XLA. The environment's ``DESISKY_TUNE_CORE=xla`` makes "auto" mean that, too.
+    extended
+        As for `Program`; the native core always is.
     """
     settings: dict[str, Any] = {
         "batch_size": batch_size,
@@ -499,7 +381,7 @@ def program_for(
     skeleton = eqx.filter_eval_shape(
         eqx.nn.MLP, in_size, out_size, width, depth, key=jax.random.PRNGKey(0)
     )
-    return Program(skeleton, optimizer=optimizer, capacity=epochs, **settings)
+    return Program(skeleton, optimizer=optimizer, capacity=epochs, extended=extended, **settings)
 
 
 def check_settings(

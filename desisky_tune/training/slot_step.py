@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from desisky_tune.training.hyperparameters import StepSettings, clip_factor, rate_at
 from desisky_tune.training.lean import Packed
-from desisky_tune.training.steps import AdamState, adam_rates, adam_update
+from desisky_tune.training.steps import AdamState, adam_rates, adam_update, decayed_update
 
 #: What a product of float32 numbers is computed in. On a CPU all three are float32. On a GPU
 #: "float32" is the full one, "tf32x3" three products of 10-bit mantissas that together come near
@@ -80,10 +81,21 @@ class SlotStepper:
         "huber" or "l2".
     precision
         A key of `PRECISIONS`.
+    extended
+        Heed schedule, weight decay and clipping. The whole gradient then stands before any
+        weight is updated: its length decides on every one.
     """
 
     def __init__(
-        self, *, in_size: int, out_size: int, width: int, depth: int, loss: str, precision: str
+        self,
+        *,
+        in_size: int,
+        out_size: int,
+        width: int,
+        depth: int,
+        loss: str,
+        precision: str,
+        extended: bool = False,
     ) -> None:
         self._in = in_size
         self._out = out_size
@@ -91,6 +103,7 @@ class SlotStepper:
         self._depth = depth
         self._huber = loss == "huber"
         self._precision = PRECISIONS[precision]
+        self._extended = extended
 
     def abstract(self, slots: int) -> Packed:
         """Return the shapes of the weights of so many slots."""
@@ -106,14 +119,14 @@ class SlotStepper:
         optimiser: AdamState,
         batch: Batch,
         scale: SlotScale,
-        learning_rate: jax.Array,
+        settings: StepSettings,
     ) -> tuple[Packed, AdamState, jax.Array]:
         """Return new parameters, new optimiser state and each slot's loss, summed over rows."""
         rows = batch.counts.sum(axis=1)
         moves = rows > 0
         count = optimiser.steps + moves
         # A slot that has not begun divides by 1 - beta**0 = 0: its update is not taken.
-        rates = adam_rates(jnp.maximum(count, 1), learning_rate)
+        rates = adam_rates(jnp.maximum(count, 1), settings.learning_rate)
         ends = self._ends(parameters.rest)
         units, output = self._forward(parameters, ends, batch.inputs)
         loss, slope = self._loss(output, batch.targets, scale)
@@ -126,11 +139,13 @@ class SlotStepper:
         first: list[jax.Array] = []
         second: list[jax.Array] = []
         biases: list[jax.Array] = []
+        gradients: list[jax.Array] = []
         for layer in reversed(range(self._depth - 1)):
             weight = parameters.hidden[layer]
             biases.append(signal.sum(axis=1))
             gradient = self._product(units[layer], signal, 1, 1)
             signal = self._product(signal, weight, 2, 2)
+            gradients.append(gradient)
             # Adds nothing, but orders the update after the last use of the weights: XLA then
             # updates them in place and does not copy them first.
             after = (rates[0] + 0 * signal[:, 0, 0], rates[1])
@@ -142,6 +157,9 @@ class SlotStepper:
         first_gradient = self._product(batch.inputs, signal, 1, 1)
         parts = [first_gradient, last_gradient, *biases[::-1], residual.sum(axis=1)]
         gradient = jnp.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
+        if self._extended:
+            whole = Packed(tuple(gradients[::-1]), gradient)
+            return *_clipped_and_decayed(parameters, optimiser, whole, moves, settings), loss
         moments = optimiser.first.rest, optimiser.second.rest
         rest = _update(moves, parameters.rest, *moments, gradient, rates)
         return (
@@ -220,6 +238,36 @@ def _update(
     chosen = (jnp.where(moves[each], *pair) for pair in zip(new, old, strict=True))
     parameter, first, second = chosen
     return parameter, first, second
+
+
+def _clipped_and_decayed(
+    parameters: Packed, optimiser: AdamState, gradient: Packed, moves: jax.Array, settings: Any
+) -> tuple[Packed, AdamState]:
+    """Update all weights of all slots by AdamW, each slot's gradient cut to its length."""
+    squares = [
+        jnp.square(leaf).reshape(len(leaf), -1).sum(axis=1) for leaf in jax.tree.leaves(gradient)
+    ]
+    factor = clip_factor(jnp.stack(squares).sum(axis=0), settings.gradient_clip)
+    rate = rate_at(settings, optimiser.steps)
+    count = optimiser.steps + moves
+    rates, decay = adam_rates(jnp.maximum(count, 1), rate), rate * settings.weight_decay
+
+    def update(
+        weight: jax.Array, first: jax.Array, second: jax.Array, slope: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        each = (slice(None),) + (None,) * (weight.ndim - 1)
+        sizes = rates[0][each], rates[1][each]
+        new = decayed_update(weight, first, second, slope * factor[each], sizes, decay[each])
+        old = weight, first, second
+        return tuple(jnp.where(moves[each], *pair) for pair in zip(new, old, strict=True))
+
+    leaves, tree = jax.tree.flatten(parameters)
+    others = (jax.tree.leaves(each) for each in (optimiser.first, optimiser.second, gradient))
+    updated = [update(*arrays) for arrays in zip(leaves, *others, strict=True)]
+    weights, first, second = (
+        jax.tree.unflatten(tree, [arrays[part] for arrays in updated]) for part in range(3)
+    )
+    return weights, AdamState(first, second, count)
 
 
 def _magnitudes(output: jax.Array, scale: SlotScale) -> jax.Array:

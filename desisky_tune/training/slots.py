@@ -1,9 +1,9 @@
 """Many trainings of one shape, advanced together by one compiled program.
 
 A slot is one training: a configuration, a fold, a seed. All slots of a program share depth,
-padded width, batch size and rows; learning rate, Huber delta, fold, seed, epoch and the epoch to
-stop at are each slot's own. A slot that has reached its epoch, or has failed, or is empty, stands
-still to the bit, and is filled again in place.
+padded width, batch size and rows; learning rate and its schedule, weight decay, clipping, Huber
+delta, fold, seed, epoch and the epoch to stop at are each slot's own. A slot that has reached its
+epoch, or has failed, or is empty, stands still to the bit, and is filled again in place.
 
 A training is a function of (configuration, seed, fold, rows, `SlotShape`) alone. Which slot it has,
 what its neighbours do, whether they turn NaN, and in what pieces it is advanced, change no bit.
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from desisky_tune.errors import InputError
 from desisky_tune.training.arrays import Curve, TrainState, curve_of
+from desisky_tune.training.hyperparameters import StepSettings
 from desisky_tune.training.names import LOSSES
 from desisky_tune.training.shuffle import padded_epoch_order
 from desisky_tune.training.slot_rows import SlotRows
@@ -60,6 +61,9 @@ class SlotShape:
         "huber" or "l2".
     precision
         Of the matrix products: "float32", "tf32x3" or "tf32". They differ on a GPU only.
+    extended
+        Whether its slots may have a schedule, weight decay and a clipped gradient: a program
+        with a step of its own, so that one without them keeps its bits and its speed.
     """
 
     depth: int
@@ -70,6 +74,7 @@ class SlotShape:
     out_size: int = 4
     loss: str = "huber"
     precision: str = "float32"
+    extended: bool = False
 
     def __post_init__(self) -> None:
         for name in ("depth", "width", "batch_size", "slots", "in_size", "out_size"):
@@ -94,12 +99,19 @@ class SlotSettings(NamedTuple):
         Which fold of the rows; int32.
     target
         Epochs in all after which the slot stands still; int32, 0 for an empty slot.
+    warmup_steps, decay_steps, final_rate, weight_decay, gradient_clip
+        Of `desisky_tune.training.hyperparameters.StepSettings`; an extended shape heeds them.
     """
 
     learning_rate: Any
     huber_delta: Any
     fold: Any
     target: Any
+    warmup_steps: Any
+    decay_steps: Any
+    final_rate: Any
+    weight_decay: Any
+    gradient_clip: Any
 
     @classmethod
     def empty(cls, slots: int) -> SlotSettings:
@@ -109,7 +121,26 @@ class SlotSettings(NamedTuple):
             np.ones(slots, np.float32),
             np.zeros(slots, np.int32),
             np.zeros(slots, np.int32),
+            np.zeros(slots, np.int32),
+            np.zeros(slots, np.int32),
+            np.zeros(slots, np.float32),
+            np.zeros(slots, np.float32),
+            np.zeros(slots, np.float32),
         )
+
+    def fill(
+        self, slot: int, step: StepSettings, huber_delta: float, *, fold: int, target: int
+    ) -> None:
+        """Say what a slot is to do."""
+        for name, value in step._asdict().items():
+            getattr(self, name)[slot] = value
+        self.huber_delta[slot] = huber_delta
+        self.fold[slot], self.target[slot] = fold, target
+
+    @property
+    def step(self) -> StepSettings:
+        """What each step needs to know."""
+        return StepSettings(*(getattr(self, name) for name in StepSettings._fields))
 
 
 @dataclass(frozen=True)
@@ -151,6 +182,7 @@ class SlotProgram:
             depth=shape.depth,
             loss=shape.loss,
             precision=shape.precision,
+            extended=shape.extended,
         )
         self._advance = jax.jit(self._advance_on_device, donate_argnums=0)
         self._put = jax.jit(_put_on_device, donate_argnums=0)
@@ -342,7 +374,7 @@ class SlotProgram:
             counts = (place < count[:, None]) & live[:, None]
             fetched = _fetch(rows, fold, chosen, counts)
             parameters, optimiser, loss = self._stepper.step(
-                parameters, optimiser, fetched, scale, settings.learning_rate
+                parameters, optimiser, fetched, scale, settings.step
             )
             return (parameters, optimiser, total + loss), None
 

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from desisky_tune.training.hyperparameters import StepSettings, clip_factor, rate_at
+
 #: Adam's constants (Kingma & Ba 2015; the defaults of optax).
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
@@ -80,10 +82,28 @@ def adam_update(
     ``p - lr (m / c1) / (sqrt(v / c2) + eps)`` with ``lr / c1`` and ``1 / c2`` computed once: one
     division less an element, a quarter of the update's time.
     """
+    change, first, second = _adam_change(first, second, gradient, rates)
+    return parameter - change, first, second
+
+
+def decayed_update(
+    parameter: Any, first: Any, second: Any, gradient: Any, rates: tuple[Any, Any], decay: Any
+) -> tuple[Any, Any, Any]:
+    """Update one array by AdamW, `decay` being the step's rate times the weight decay.
+
+    One difference, not two: a decay of a few parts in 1e8 a step would be rounded away by itself.
+    """
+    change, first, second = _adam_change(first, second, gradient, rates)
+    return parameter - (change + decay * parameter), first, second
+
+
+def _adam_change(
+    first: Any, second: Any, gradient: Any, rates: tuple[Any, Any]
+) -> tuple[Any, Any, Any]:
     size, unbias = rates
     first = BETA1 * first + (1 - BETA1) * gradient
     second = BETA2 * second + (1 - BETA2) * (gradient * gradient)
-    return parameter - size * first / (jnp.sqrt(second * unbias) + EPSILON), first, second
+    return size * first / (jnp.sqrt(second * unbias) + EPSILON), first, second
 
 
 class GenericStepper:
@@ -137,3 +157,37 @@ class GenericStepper:
 
     def predict(self, parameters: Any, inputs: jax.Array) -> jax.Array:
         return jax.vmap(self.unpack(parameters))(inputs)
+
+
+class ExtendedStepper(GenericStepper):
+    """AdamW with a schedule and a clipped gradient; its learning rate is a `StepSettings`.
+
+    ``optax.chain(clip_by_global_norm(...), adamw(schedule, weight_decay=...))``, weight decay on
+    weights and biases alike (Loshchilov & Hutter 2019).
+    """
+
+    def __init__(self, static: Any) -> None:
+        super().__init__(static, None)
+
+    def step(
+        self, parameters: Any, optimiser: Any, batch: Any, loss: Any, learning_rate: StepSettings
+    ) -> tuple[Any, Any, jax.Array]:
+        value, gradients = jax.value_and_grad(lambda arrays: loss(self.predict(arrays, batch)))(
+            parameters
+        )
+        leaves = jax.tree.leaves(gradients)
+        squares = jnp.stack([jnp.sum(leaf * leaf) for leaf in leaves]).sum()
+        factor = clip_factor(squares, learning_rate.gradient_clip)
+        rate = rate_at(learning_rate, optimiser.steps)
+        count = optimiser.steps + 1
+        rates, decay = adam_rates(count, rate), rate * learning_rate.weight_decay
+        old, tree = jax.tree.flatten(parameters)
+        moments = jax.tree.leaves(optimiser.first), jax.tree.leaves(optimiser.second)
+        updated = [
+            decayed_update(*arrays, rates, decay)
+            for arrays in zip(old, *moments, [factor * leaf for leaf in leaves], strict=True)
+        ]
+        parameters, first, second = (
+            jax.tree.unflatten(tree, [arrays[part] for arrays in updated]) for part in range(3)
+        )
+        return parameters, AdamState(first, second, count), value

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from desisky_tune.data.columns import EXPOSURE_ID, NIGHT
+from desisky_tune.search.hyperparameters import in_full
 from desisky_tune.search.leaderboard import leaderboard
 from desisky_tune.search.space import resolved_dict, rungs
 from desisky_tune.training.metrics import band_metrics
@@ -68,17 +69,21 @@ def space(run: LoadedRun) -> list[tuple[str, str, Any]]:
     rows = []
     for name, entry in resolved_dict(run.spec)["space"].items():
         if not isinstance(entry, Mapping):
-            text = f"{entry:g} (fixed)"
+            text = f"{_value(entry)} (fixed)"
         elif "choices" in entry:
-            text = ", ".join(f"{choice:g}" for choice in entry["choices"])
+            text = ", ".join(map(_value, entry["choices"]))
         else:
             text = f"{entry['low']:g} to {entry['high']:g}"
             text += ", logarithmic" if entry.get("log") else ""
         if isinstance(entry, Mapping) and "when" in entry:
-            text += f" when {entry['when']}, else {entry['otherwise']:g}"
+            text += f" when {entry['when']}, else {_value(entry['otherwise'])}"
         title = HYPERPARAMETERS.get(name, name)
-        rows.append((title, text, run.winner.configuration[name]))
+        rows.append((title, text, in_full(run.winner.configuration)[name]))
     return rows
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def rung_counts(run: LoadedRun) -> list[dict[str, int]]:

@@ -20,6 +20,7 @@ from desisky_tune.errors import RunError
 from desisky_tune.files import atomic_open
 from desisky_tune.inference import Predictor
 from desisky_tune.models.classical import ClassicalModel
+from desisky_tune.search.hyperparameters import switched_on
 from desisky_tune.search.importance import FEWEST_TRIALS, importances
 from desisky_tune.search.leaderboard import leaderboard
 from desisky_tune.search.space import resolved_dict
@@ -101,6 +102,7 @@ def write_report(run: LoadedRun, out: str | Path | None = None) -> Path:
         "draws": of_nights.DRAWS,
         "most_rows": contents.MOST_ROWS,
         "hyperparameters": of_search.HYPERPARAMETERS,
+        "switched_on": switched_on(record.configuration for record in run.records),
         "fewest_trials": FEWEST_TRIALS,
         "rungs": contents.rung_counts(run),
         "eclipse": contents.eclipse(data, run),
@@ -350,6 +352,9 @@ def _environment() -> Any:
     environment.filters["span"] = lambda ends: f"{ends[0]:.3f} to {ends[1]:.3f}"
     environment.filters["percent"] = lambda value: f"{100 * value:.0f} %"
     environment.filters["short"] = lambda value: "-" if value is None else f"{value:.3g}"
+    environment.filters["setting"] = lambda value: (
+        value if isinstance(value, str) else f"{value:.4g}"
+    )
     environment.filters["whole"] = lambda value: "-" if value is None else f"{int(value):,}"
     environment.filters["duration"] = duration
     return environment

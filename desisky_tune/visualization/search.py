@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from desisky_tune.data.columns import BANDS
+from desisky_tune.search.hyperparameters import in_full
 from desisky_tune.search.pareto import pareto_front
 from desisky_tune.visualization.panels import INK, panel
 from desisky_tune.visualization.style import BAND_COLOURS, GUIDE, TRAIN
@@ -29,6 +30,12 @@ HYPERPARAMETERS: Mapping[str, str] = {
     "learning_rate": "Learning rate",
     "huber_delta": "Huber delta [mag]",
     "batch_size": "Batch size [rows]",
+    "schedule": "Schedule of the rate",
+    "warmup": "Warm-up [share of the steps]",
+    "final_rate": "Final rate [share of the highest]",
+    "weight_decay": "Weight decay",
+    "gradient_clip": "Longest gradient (0: any)",
+    "early_stopping": "Patience [epochs] (0: none)",
 }
 RMSE = "Validation RMSE [mag]"
 
@@ -78,7 +85,8 @@ def plot_parallel_coordinates(records: Sequence[TrialRecord], space: Space) -> F
     names = _searched(space)
     objectives = np.array([float(record.objective or np.nan) for record in complete])
     rows = [
-        _unit([record.configuration[name] for record in complete], space[name]) for name in names
+        _unit([in_full(record.configuration)[name] for record in complete], space[name])
+        for name in names
     ]
     rows.append(_unit(objectives, {}))
     places = np.array([row[0] for row in rows])
@@ -102,8 +110,8 @@ def plot_parallel_coordinates(records: Sequence[TrialRecord], space: Space) -> F
         for level, title, (_, low, high) in zip(levels, titles, rows, strict=True):
             axes.text(0.5, level + 0.1, title, ha="center", va="bottom", fontsize=8.5, **backed)
             axes.plot([0, 1], [level, level], color=GUIDE, linewidth=0.8, zorder=0)
-            axes.text(-0.03, level, f"{low:.3g}", ha="right", va="center", fontsize=8)
-            axes.text(1.03, level, f"{high:.3g}", ha="left", va="center", fontsize=8)
+            axes.text(-0.03, level, _plain(low), ha="right", va="center", fontsize=8)
+            axes.text(1.03, level, _plain(high), ha="left", va="center", fontsize=8)
         axes.set(xlim=(-0.17, 1.17), ylim=(-0.3, len(rows) - 0.45))
         axes.axis("off")
     return figure
@@ -132,14 +140,20 @@ def plot_slice(records: Sequence[TrialRecord], name: str, space: Space) -> Figur
     """Draw the objective of each trial against one hyperparameter."""
     with panel(2.8) as figure:
         axes = figure.subplots()
-        values = [float(record.configuration[name]) for record in records]
+        values = [in_full(record.configuration)[name] for record in records]
         choices = space[name].get("choices")
         if choices:
-            places = sorted({*map(float, choices), *values})
+            places = _stops(choices, values)
             values = [float(places.index(value)) for value in values]
-            axes.set_xticks(range(len(places)), [f"{place:g}" for place in places])
+            axes.set_xticks(range(len(places)), [_plain(place) for place in places])
         elif space[name].get("log"):
             axes.set_xscale("log")
+            if min(values, default=1) <= 0:
+                values = _off_aside(values, space[name])
+                below = axes.get_xaxis_transform()
+                axes.text(
+                    min(values), -0.04, "off", transform=below, ha="center", va="top", fontsize=8
+                )
             low, high = min(space[name]["low"], *values), max(space[name]["high"], *values)
             axes.set_xlim(low / (high / low) ** 0.04, high * (high / low) ** 0.04)
             axes.xaxis.set_major_locator(
@@ -327,14 +341,35 @@ def _legend_above(axes: Axes) -> None:
     )  # fmt: skip
 
 
-def _unit(values: Any, entry: Mapping[str, Any]) -> tuple[np.ndarray, float, float]:
+def _stops(choices: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+    """Return the places of a list of choices: numbers in rising order, words as they stand."""
+    found = dict.fromkeys([*choices, *values])
+    words = any(isinstance(each, str) for each in found)
+    return list(found) if words else sorted(found)
+
+
+def _off_aside(values: Sequence[float], entry: Mapping[str, Any]) -> list[float]:
+    """Put a 0, which means off, a little to the left of a logarithmic range."""
+    aside = float(entry["low"]) * (float(entry["low"]) / float(entry["high"])) ** 0.1
+    return [float(value) if value > 0 else aside for value in values]
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:.3g}"
+
+
+def _unit(values: Any, entry: Mapping[str, Any]) -> tuple[np.ndarray, Any, Any]:
     """Place values between 0 and 1 on an axis of the space; return its ends too."""
-    numbers = np.asarray(values, dtype=float)
     choices = entry.get("choices")
     if choices:
-        stops = sorted({*map(float, choices), *numbers.tolist()})
-        places = np.array([stops.index(value) for value in numbers]) / max(len(stops) - 1, 1)
+        stops = _stops(choices, list(values))
+        places = np.array([stops.index(value) for value in values]) / max(len(stops) - 1, 1)
         return places, stops[0], stops[-1]
+    if entry.get("log") and min(values, default=1) <= 0:
+        values = _off_aside(values, entry)
+        places, _, high = _unit(values, entry)
+        return places, "off", high
+    numbers = np.asarray(values, dtype=float)
     low = min(float(entry.get("low", numbers.min())), float(numbers.min()))
     high = max(float(entry.get("high", numbers.max())), float(numbers.max()))
     if high <= low:

@@ -1,6 +1,6 @@
 """`NativeProgram`: what `desisky_tune.training.program.Program` does, by the native core.
 
-Same states, curves and promises; for an MLP with ReLU under Adam, with the L2 or Huber loss, on a
+Same states, curves and promises; for an MLP with ReLU under AdamW, with the L2 or Huber loss, on a
 CPU. Nothing is compiled per shape, and the interpreter's lock is not held while it trains, so that
 one process trains as many at a time as there are cores.
 """
@@ -19,13 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from desisky_tune.errors import InputError
-from desisky_tune.training.arrays import (
-    Curve,
-    Hyperparameters,
-    TrainingArrays,
-    TrainState,
-    curve_of,
-)
+from desisky_tune.training.arrays import Curve, TrainingArrays, TrainState, curve_of
+from desisky_tune.training.hyperparameters import Hyperparameters, steps_per_epoch
 from desisky_tune.training.names import LOSSES, SELECTIONS
 from desisky_tune.training.native.weights import Layers, initial_layers, pack, unpack
 from desisky_tune.training.steps import AdamState
@@ -33,7 +28,9 @@ from desisky_tune.training.steps import AdamState
 _COUNTS = (
     "inputs", "outputs", "width", "depth", "batch", "rows", "validation_rows", "loss", "select",
     "validate_every", "shuffle", "drop_last", "epoch", "epochs", "seed",
+    "warmup_steps", "decay_steps",
 )  # fmt: skip
+_NUMBERS = ("rate", "delta", "final_rate", "weight_decay", "gradient_clip")
 _ARRAYS = (
     "x", "y", "validation_x", "validation_y", "target_mean", "target_sd",
     "weights", "first", "second", "best", "table",
@@ -45,8 +42,7 @@ class Training(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in _COUNTS),
-        ("rate", ctypes.c_double),
-        ("delta", ctypes.c_double),
+        *((name, ctypes.c_double) for name in _NUMBERS),
         *((name, ctypes.c_void_p) for name in _ARRAYS),
         ("steps", ctypes.c_int64),
         ("best_value", ctypes.c_double),
@@ -140,6 +136,9 @@ class NativeProgram:
                 state.best_parameters,
             )
         )
+        settings = hyperparameters.steps(
+            steps_per_epoch(rows, batch, bool(self._settings["drop_last"]))
+        )
         table = np.empty((max(epochs, 0), 4 + outputs), np.float32)
         # The fields of `TrainingArrays` stand in the order of the structure.
         held = [*fixed, weights, first, second, best, table]
@@ -150,8 +149,13 @@ class NativeProgram:
             epoch=int(state.epoch),
             epochs=len(table),
             seed=int(state.seed),
-            rate=np.float32(hyperparameters.learning_rate),
             delta=np.float32(hyperparameters.huber_delta),
+            rate=settings.learning_rate,
+            warmup_steps=int(settings.warmup_steps),
+            decay_steps=int(settings.decay_steps),
+            final_rate=settings.final_rate,
+            weight_decay=settings.weight_decay,
+            gradient_clip=settings.gradient_clip,
             **{name: part.ctypes.data for name, part in zip(_ARRAYS, held, strict=True)},
             steps=int(state.optimiser.steps),
             best_value=float(state.best_value),

@@ -1,4 +1,4 @@
-/* Training of a ReLU MLP under Adam on one core: nothing but loops over vectors.
+/* Training of a ReLU MLP under AdamW on one core: nothing but loops over vectors.
 
    Everything that a step touches lies in panels of PANEL = 16 floats, so that a vector load is
    always of consecutive numbers and a panel streams through the first-level cache:
@@ -94,15 +94,18 @@ static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 typedef struct {
     float size, unbias; /* rate / (1 - beta1^t), 1 / (1 - beta2^t) */
+    float decay, scale; /* rate x weight decay, what clips the gradient: 0 and 1 change no bit */
 } Rates;
 
-/* Adam as optax has it, the bias corrections as two numbers. */
+/* AdamW as optax has it, the bias corrections as two numbers. */
 INLINE void adam(float *w, float *m, float *v, vec g, Rates by) {
+    g *= by.scale;
     vec first = BETA1 * load(m) + (1 - BETA1) * g;
     vec second = BETA2 * load(v) + (1 - BETA2) * (g * g);
     store(m, first);
     store(v, second);
-    store(w, load(w) - by.size * first / (root_of(second * by.unbias) + EPSILON));
+    const vec before = load(w);
+    store(w, before - (by.size * first / (root_of(second * by.unbias) + EPSILON) + by.decay * before));
 }
 
 /* ---------------------------------------------------------------- tiles */
@@ -286,6 +289,34 @@ static void update_bias(Layer *layer, const float *signal, int64_t stride, int64
     }
 }
 
+/* The sum of squares of the gradient that `update` and `update_bias` take: as numbers, tile by
+   tile, nothing is written. */
+static double gradient_squares(const Layer *layer, const float *signal, int64_t stride,
+                               const float *units, int64_t rows, int64_t padded) {
+    double squares = 0;
+    for (int64_t panel = 0; panel * PANEL < layer->inputs; panel++) {
+        const float *column = units + panel * padded * PANEL;
+#define TILE(tall)                                                                       \
+    {                                                                                    \
+        vec sum[TALL][PARTS];                                                            \
+        UNROLL for (int r = 0; r < tall; r++)                                            \
+            UNROLL for (int p = 0; p < PARTS; p++) sum[r][p] = spread(0);                \
+        sum_blocks(sum, tall, signal + from * PANEL, stride, rows, column);              \
+        UNROLL for (int r = 0; r < tall; r++) UNROLL for (int p = 0; p < PARTS; p++)     \
+            for (int i = 0; i < LANES; i++) squares += (double)sum[r][p][i] * (double)sum[r][p][i]; \
+    }
+        BY_TILES(layer->units, TILE)
+#undef TILE
+    }
+    for (int64_t unit = 0; unit < layer->units; unit++) {
+        double bias = 0;
+        for (int64_t row = 0; row < rows; row++)
+            bias += (double)signal[row / PANEL * stride + unit * PANEL + row % PANEL];
+        squares += bias * bias;
+    }
+    return squares;
+}
+
 /* ---------------------------------------------------------------- the order of an epoch */
 
 static void threefry(uint32_t k0, uint32_t k1, uint32_t *x0, uint32_t *x1) {
@@ -346,7 +377,8 @@ typedef struct {
     int64_t batch, rows, validation_rows;
     int64_t loss, select, validate_every, shuffle, drop_last;
     int64_t epoch, epochs, seed;
-    double rate, delta;
+    int64_t warmup_steps, decay_steps; /* of the learning rate */
+    double rate, delta, final_rate, weight_decay, gradient_clip;
     const float *x, *y, *validation_x, *validation_y; /* row-major */
     const float *target_mean, *target_sd;
     float *weights, *first, *second, *best; /* as `lay_out` has them; updated */
@@ -468,29 +500,56 @@ static double residuals(const Training *t, Scratch *s, const int32_t *order, int
     return total / (double)(count * t->outputs);
 }
 
-/* One step on `count` rows; return their mean loss. */
-static double take_step(Training *t, Scratch *s, const int32_t *order, int64_t start, int64_t count) {
+/* The learning rate of a step, counted from 0: a linear rise, then half a cosine down. */
+static double rate_at(const Training *t, int64_t step) {
+    if (step < t->warmup_steps) return t->rate * (double)step / (double)t->warmup_steps;
+    if (!t->decay_steps) return t->rate;
+    const double way = (double)smaller(step - t->warmup_steps, t->decay_steps) / (double)t->decay_steps;
+    return t->rate * (t->final_rate + (1 - t->final_rate) * 0.5 * (1 + cos(M_PI * way)));
+}
+
+/* Send the signal at the output back through the layers. With `by` each is updated on the way;
+   without, nothing changes, and the sum of the gradient's squares is returned. */
+static double backpropagate(const Training *t, Scratch *s, int64_t count, const Rates *by) {
     const int64_t panels = round_up(count) / PANEL, padded = s->panels * PANEL + 1;
-    const int32_t *rows = order ? order + start : NULL;
-    take_rows(order ? t->x : t->x + start * t->inputs, t->inputs, rows, count, s->units[0],
-              s->columns[0], padded);
-    run_forward(t, s, panels, 1);
-    const double loss = residuals(t, s, order, start, count, panels);
-    t->steps++;
-    const double step = (double)t->steps;
-    const Rates by = {(float)(t->rate / (1 - pow(BETA1, step))), (float)(1 / (1 - pow(BETA2, step)))};
     float *signal = s->signal[0], *next = s->signal[1];
+    double squares = 0;
     for (int64_t layer = t->depth; layer >= 0; layer--) {
         Layer *l = s->layers + layer;
         const int64_t in = unit_pitch(l->inputs) * PANEL, out = unit_pitch(l->units) * PANEL;
         if (layer > 0)
             for (int64_t panel = 0; panel < panels; panel++)
                 backward(l, signal + panel * out, s->units[layer] + panel * in, next + panel * in);
-        update(l, signal, out, s->columns[layer], count, padded, by);
-        update_bias(l, signal, out, panels, by);
+        if (by) {
+            update(l, signal, out, s->columns[layer], count, padded, *by);
+            update_bias(l, signal, out, panels, *by);
+        } else
+            squares += gradient_squares(l, signal, out, s->columns[layer], count, padded);
         float *swap = signal;
         signal = next, next = swap;
     }
+    return squares;
+}
+
+/* One step on `count` rows; return their mean loss. */
+static double take_step(Training *t, Scratch *s, const int32_t *order, int64_t start, int64_t count) {
+    const int64_t panels = round_up(count) / PANEL, padded = s->panels * PANEL + 1;
+    const int32_t *rows = order ? order + start : NULL;
+    float scale = 1;
+    take_rows(order ? t->x : t->x + start * t->inputs, t->inputs, rows, count, s->units[0],
+              s->columns[0], padded);
+    run_forward(t, s, panels, 1);
+    const double loss = residuals(t, s, order, start, count, panels);
+    if (t->gradient_clip > 0) {
+        /* The whole gradient's length stands before any of it is used: it is made twice. */
+        const double norm = sqrt(backpropagate(t, s, count, NULL));
+        if (!(norm < t->gradient_clip)) scale = (float)(t->gradient_clip / norm);
+        residuals(t, s, order, start, count, panels);
+    }
+    const double rate = rate_at(t, t->steps), step = (double)++t->steps;
+    const Rates by = {(float)(rate / (1 - pow(BETA1, step))), (float)(1 / (1 - pow(BETA2, step))),
+                      (float)(rate * t->weight_decay), scale};
+    backpropagate(t, s, count, &by);
     return loss;
 }
 
