@@ -2,10 +2,11 @@
 
     python benchmarks/cpu_roofline.py [--widths 16 32 64 128 256 512] [--batches 16 32 64 128 256]
                                       [--depth 5] [--depths 1 3 8] [--core auto] [--rounds 5]
+                                      [--cores 2]
 
-One training per core, each in a thread of its own, against NumPy's product of 2048 x 2048 on as
-many cores. The two take turns, and the share is the median over the rounds of the ratio within a
-round, so that a busy machine does not favour either. Operations of a training: 2 a weight forward,
+One training per core (all of them, or `--cores`), each in a thread of its own, against NumPy's
+product of 2048 x 2048 on as many cores. The two take turns, and the share is the median over the
+rounds of the ratio within a round, so that a busy machine does not favour either. Operations of a training: 2 a weight forward,
 4 backward, less the gradient of the first layer's inputs; nothing else that it does (Adam, losses,
 shuffles, sums of biases) counts. 1351 rows, no validation.
 
@@ -34,11 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 32, 64, 128, 256, 512])
     parser.add_argument("--batches", type=int, nargs="+", default=[16, 32, 64, 128, 256])
     parser.add_argument("--depth", type=int, default=5)
-    parser.add_argument("--depths", type=int, nargs="+", default=[1, 3, 8])
+    parser.add_argument("--depths", type=int, nargs="*", default=[1, 3, 8])
     parser.add_argument("--core", choices=["auto", "xla"], default="auto")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args(arguments)
-    cores = len(os.sched_getaffinity(0))
+    cores = options.cores
     # Read when they are imported: a training takes one core, the product all of them.
     os.environ |= {"NPROC": "1", "JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": str(cores)}
     from _machine import describe
@@ -47,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bench = Bench(cores, options.rounds, options.core)
     print(f"\nDepth {options.depth}, {cores} cores, {bench.name}.\n")
     _print_by_width(bench, options)
-    _print_by_depth(bench, options)
+    if options.depths:
+        _print_by_depth(bench, options)
     rate = statistics.median(bench.products) / 1e9
     print(f"\nsgemm of {PRODUCT} x {PRODUCT}: {rate:.0f} GFLOP/s (median)")
 

@@ -95,17 +95,20 @@ static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 typedef struct {
     float size, unbias; /* rate / (1 - beta1^t), 1 / (1 - beta2^t) */
     float decay, scale; /* rate x weight decay, what clips the gradient: 0 and 1 change no bit */
+    int plain;          /* whether they are 0 and 1 */
 } Rates;
 
 /* AdamW as optax has it, the bias corrections as two numbers. */
-INLINE void adam(float *w, float *m, float *v, vec g, Rates by) {
-    g *= by.scale;
+INLINE void adam(float *w, float *m, float *v, vec g, Rates by, const int plain) {
+    if (!plain) g *= by.scale;
     vec first = BETA1 * load(m) + (1 - BETA1) * g;
     vec second = BETA2 * load(v) + (1 - BETA2) * (g * g);
     store(m, first);
     store(v, second);
     const vec before = load(w);
-    store(w, before - (by.size * first / (root_of(second * by.unbias) + EPSILON) + by.decay * before));
+    vec step = by.size * first / (root_of(second * by.unbias) + EPSILON);
+    if (!plain) step += by.decay * before;
+    store(w, before - step);
 }
 
 /* ---------------------------------------------------------------- tiles */
@@ -213,6 +216,12 @@ static void backward(const Layer *layer, const float *in, const float *units, fl
 #undef TILE
 }
 
+#define UPDATE_TILE(tall, plain)                                                         \
+    UNROLL for (int r = 0; r < tall; r++) UNROLL for (int p = 0; p < PARTS; p++) {       \
+        const int64_t at = first + r * PANEL + p * LANES;                                \
+        adam(layer->weight + at, layer->weight1 + at, layer->weight2 + at, sum[r][p], by, plain); \
+    }
+
 /* Update the weights: gradient [K / 16][J][16] = sum over the batch of signal x units. */
 static void update(Layer *layer, const float *signal, int64_t stride, const float *units,
                    int64_t rows, int64_t padded, Rates by) {
@@ -231,10 +240,10 @@ static void update(Layer *layer, const float *signal, int64_t stride, const floa
             __builtin_prefetch(layer->weight + first + r * PANEL, 1);                    \
         }                                                                                \
         sum_blocks(sum, tall, signal + from * PANEL, stride, rows, column);              \
-        UNROLL for (int r = 0; r < tall; r++) UNROLL for (int p = 0; p < PARTS; p++) {   \
-            const int64_t at = first + r * PANEL + p * LANES;                            \
-            adam(layer->weight + at, layer->weight1 + at, layer->weight2 + at, sum[r][p], by); \
-        }                                                                                \
+        if (by.plain)                                                                    \
+            UPDATE_TILE(tall, 1)                                                         \
+        else                                                                             \
+            UPDATE_TILE(tall, 0)                                                         \
     }
         BY_TILES(layer->units, TILE)
 #undef TILE
@@ -284,7 +293,7 @@ static void update_bias(Layer *layer, const float *signal, int64_t stride, int64
         for (int p = 0; p < PANEL; p += LANES) {
             vec gradient = load(turned + p);
             for (int i = 1; i < PANEL; i++) gradient += load(turned + i * PANEL + p);
-            adam(layer->bias + from + p, layer->bias1 + from + p, layer->bias2 + from + p, gradient, by);
+            adam(layer->bias + from + p, layer->bias1 + from + p, layer->bias2 + from + p, gradient, by, 0);
         }
     }
 }
@@ -548,7 +557,8 @@ static double take_step(Training *t, Scratch *s, const int32_t *order, int64_t s
     }
     const double rate = rate_at(t, t->steps), step = (double)++t->steps;
     const Rates by = {(float)(rate / (1 - pow(BETA1, step))), (float)(1 / (1 - pow(BETA2, step))),
-                      (float)(rate * t->weight_decay), scale};
+                      (float)(rate * t->weight_decay), scale,
+                      t->weight_decay == 0 && scale == 1};
     backpropagate(t, s, count, &by);
     return loss;
 }
