@@ -400,7 +400,8 @@ typedef struct {
 
 typedef struct {
     Layer *layers;
-    float **units, **columns; /* by layer: its inputs in panels, and once more for the gradient */
+    float **units;              /* by layer: its inputs in panels */
+    float *rows, *turned;       /* the model's inputs, and a layer's, as the gradient wants them */
     float *signal[2], *output;
     int64_t panels; /* of the batch, at most */
 } Scratch;
@@ -451,21 +452,27 @@ static void take_rows(const float *x, int64_t inputs, const int32_t *order, int6
     }
 }
 
-/* Run the layers on what stands in units[0]; with `keep`, lay the units out for the gradient. */
-static void run_forward(const Training *t, Scratch *s, int64_t panels, int keep) {
+/* Run the layers on what stands in units[0]. */
+static void run_forward(const Training *t, Scratch *s, int64_t panels) {
     for (int64_t layer = 0; layer <= t->depth; layer++) {
         const Layer *l = s->layers + layer;
         const int64_t in = unit_pitch(l->inputs) * PANEL, out = unit_pitch(l->units) * PANEL;
         float *to = layer == t->depth ? s->output : s->units[layer + 1];
         for (int64_t panel = 0; panel < panels; panel++)
             forward(l, s->units[layer] + panel * in, to + panel * out, layer < t->depth);
-        if (!keep || layer == t->depth) continue;
-        const int64_t padded = s->panels * PANEL + 1;
-        for (int64_t panel = 0; panel < panels; panel++)
-            for (int64_t j = 0; j < l->units; j += PANEL)
-                transpose_block(to + panel * out + j * PANEL,
-                                s->columns[layer + 1] + (j * padded + panel * PANEL * PANEL));
     }
+}
+
+/* Lay a layer's inputs out for the gradient, and return where they lie. One place serves all
+   layers: it stays in the second-level cache, and what is turned was just read by `backward`. */
+static const float *turn(const Scratch *s, int64_t layer, int64_t inputs, int64_t panels) {
+    if (layer == 0) return s->rows;
+    const int64_t padded = s->panels * PANEL + 1, high = unit_pitch(inputs) * PANEL;
+    for (int64_t panel = 0; panel < panels; panel++)
+        for (int64_t j = 0; j < inputs; j += PANEL)
+            transpose_block(s->units[layer] + panel * high + j * PANEL,
+                            s->turned + (j * padded + panel * PANEL * PANEL));
+    return s->turned;
 }
 
 /* Return the loss of a batch; the signal at the output goes to signal[0]. */
@@ -529,11 +536,12 @@ static double backpropagate(const Training *t, Scratch *s, int64_t count, const 
         if (layer > 0)
             for (int64_t panel = 0; panel < panels; panel++)
                 backward(l, signal + panel * out, s->units[layer] + panel * in, next + panel * in);
+        const float *columns = turn(s, layer, l->inputs, panels);
         if (by) {
-            update(l, signal, out, s->columns[layer], count, padded, *by);
+            update(l, signal, out, columns, count, padded, *by);
             update_bias(l, signal, out, panels, *by);
         } else
-            squares += gradient_squares(l, signal, out, s->columns[layer], count, padded);
+            squares += gradient_squares(l, signal, out, columns, count, padded);
         float *swap = signal;
         signal = next, next = swap;
     }
@@ -546,8 +554,8 @@ static double take_step(Training *t, Scratch *s, const int32_t *order, int64_t s
     const int32_t *rows = order ? order + start : NULL;
     float scale = 1;
     take_rows(order ? t->x : t->x + start * t->inputs, t->inputs, rows, count, s->units[0],
-              s->columns[0], padded);
-    run_forward(t, s, panels, 1);
+              s->rows, padded);
+    run_forward(t, s, panels);
     const double loss = residuals(t, s, order, start, count, panels);
     if (t->gradient_clip > 0) {
         /* The whole gradient's length stands before any of it is used: it is made twice. */
@@ -572,7 +580,7 @@ static void validate(const Training *t, Scratch *s, float *measured) {
     for (int64_t start = 0; start < t->validation_rows; start += chunk) {
         const int64_t count = smaller(chunk, t->validation_rows - start);
         take_rows(t->validation_x + start * t->inputs, t->inputs, NULL, count, s->units[0], NULL, 0);
-        run_forward(t, s, round_up(count) / PANEL, 0);
+        run_forward(t, s, round_up(count) / PANEL);
         for (int64_t i = 0; i < count; i++)
             for (int64_t o = 0; o < t->outputs; o++) {
                 const int64_t at = i / PANEL * high * PANEL + o * PANEL + i % PANEL;
@@ -664,10 +672,11 @@ int64_t train(Training *t) {
     const int64_t weights = parameter_count(t->inputs, t->outputs, t->width, t->depth);
     const int64_t high = unit_pitch(larger(t->width, larger(t->inputs, t->outputs)));
     int64_t floats = 4 * round_up(weights) + 3 * high * lanes + 4 * round_up(t->rows);
-    for (int64_t layer = 0; layer < layers; layer++) floats += 2 * unit_pitch(layer_inputs(t, layer)) * (lanes + 16);
+    for (int64_t layer = 0; layer < layers; layer++) floats += unit_pitch(layer_inputs(t, layer)) * lanes;
+    floats += (round_up(t->inputs) + round_up(t->width)) * (lanes + 1);
     float *memory = NULL;
     Layer *shapes = calloc((size_t)layers, sizeof *shapes);
-    float **places = calloc((size_t)(2 * layers), sizeof *places);
+    float **places = calloc((size_t)layers, sizeof *places);
     if (!shapes || !places || posix_memalign((void **)&memory, 64, (size_t)floats * sizeof(float))) {
         free(shapes), free(places);
         return -1;
@@ -680,12 +689,12 @@ int64_t train(Training *t) {
         own[i] = piece(&next, weights);
         memcpy(own[i], given[i], (size_t)weights * sizeof(float));
     }
-    Scratch s = {shapes, places, places + layers, {piece(&next, high * lanes), piece(&next, high * lanes)},
+    Scratch s = {shapes, places, piece(&next, round_up(t->inputs) * (lanes + 1)),
+                 piece(&next, round_up(t->width) * (lanes + 1)),
+                 {piece(&next, high * lanes), piece(&next, high * lanes)},
                  piece(&next, high * lanes), lanes / PANEL};
-    for (int64_t layer = 0; layer < layers; layer++) {
+    for (int64_t layer = 0; layer < layers; layer++)
         s.units[layer] = piece(&next, unit_pitch(layer_inputs(t, layer)) * lanes);
-        s.columns[layer] = piece(&next, round_up(layer_inputs(t, layer)) * (lanes + 1));
-    }
     lay_out(t, &s, own[0], own[1], own[2]);
     uint32_t *work = (uint32_t *)piece(&next, 3 * t->rows);
     int32_t *order = (int32_t *)piece(&next, t->rows);
