@@ -1,14 +1,20 @@
-"""The final fit: a configuration trained once on all rows that are not test rows.
+"""The final fit: a configuration trained on all rows that are not test rows.
 
 The folds have said after how many epochs to stop, so no rows are needed to choose one: the
 weights are those after the last epoch. Early stopping has no part in it, and a schedule spans the
 epochs that it spanned on the folds: the epoch that they chose is one of that schedule.
+
+What one training gives depends on its seed, by about as much as configurations differ on few
+rows. So it is made with several seeds, and the checkpoint holds the mean of the networks, which
+is one network (`desisky_tune.models.mean`).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +23,16 @@ import numpy as np
 from desisky_tune.data.columns import BANDS, EXPOSURE_ID
 from desisky_tune.errors import SearchError
 from desisky_tune.search.hyperparameters import of_training
+from desisky_tune.search.records import parameter_count
 
 if TYPE_CHECKING:
     from desisky_tune.search.origin import SearchRun
     from desisky_tune.search.records import TrialRecord
     from desisky_tune.search.sections import TrainingSpec
+    from desisky_tune.search.space import SearchSpec
+
+#: Weights that the mean of several networks may have: 32 MiB of them.
+MOST_WEIGHTS = 2**23
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,7 @@ class FinalFit:
     epochs
         Epochs to train.
     seed
-        Of the initial weights and the shuffles.
+        Of the initial weights and the shuffles; of the first training, where several are made.
     validated
         RMSE by band (mag) on rows that its trainings on folds did not see, for the header.
     test_loss
@@ -74,8 +85,27 @@ def fitted_rows(run: SearchRun) -> np.ndarray:
     return np.union1d(run.split.train, run.split.validation)
 
 
+def final_seeds(spec: SearchSpec, configuration: Mapping[str, Any]) -> int:
+    """Return with how many seeds a configuration is fitted.
+
+    ``evaluation.final_seeds``, or fewer where their mean would have more than `MOST_WEIGHTS`
+    weights, or than ``search.max_parameters``; one where the number of weights is an
+    objective of the search.
+    """
+    if "parameters" in spec.search.objectives:
+        return 1
+    most = min(MOST_WEIGHTS, spec.search.max_parameters or MOST_WEIGHTS)
+    seeds = spec.evaluation.final_seeds
+    inputs, width = len(spec.data.features), int(configuration["width"])
+    while seeds > 1 and parameter_count({**configuration, "width": seeds * width}, inputs) > most:
+        seeds -= 1
+    return seeds
+
+
 def write_final_fit(run: SearchRun, fit: FinalFit, path: Path) -> Path:
     """Train on a run's training and validation rows, and write the checkpoint.
+
+    As many trainings are made as `final_seeds` says; one that diverges is left out.
 
     Parameters
     ----------
@@ -89,9 +119,10 @@ def write_final_fit(run: SearchRun, fit: FinalFit, path: Path) -> Path:
     Raises
     ------
     SearchError
-        When the training diverged.
+        When every training diverged.
     """
     from desisky_tune.io import checkpoint_meta, save
+    from desisky_tune.models.mean import mean_model
     from desisky_tune.search.origin import checkpoint_header
     from desisky_tune.search.pretraining import PretrainedWeights, open_pretraining
     from desisky_tune.training.scaling import Scaling, fold
@@ -100,9 +131,23 @@ def write_final_fit(run: SearchRun, fit: FinalFit, path: Path) -> Path:
     inputs, targets = run.table.arrays(fitted_rows(run), features)
     scaling = Scaling.fit(inputs, targets)
     start = PretrainedWeights(open_pretraining(run))
-    initial = start.initial_model(fit.configuration, fit.seed, scaling)
-    model, curve = train_through(inputs, targets, scaling, fit, run.spec.training, initial)
-    folded = fold(model, scaling)
+
+    def trained(seed: int) -> tuple[int, Any, float] | SearchError:
+        once = replace(fit, seed=seed)
+        initial = start.initial_model(fit.configuration, seed, scaling)
+        try:
+            model, curve = train_through(inputs, targets, scaling, once, run.spec.training, initial)
+        except SearchError as diverged:
+            return diverged
+        return seed, model, float(curve.train_loss[-1])
+
+    seeds = range(fit.seed, fit.seed + final_seeds(run.spec, fit.configuration))
+    with ThreadPoolExecutor(min(len(seeds), os.cpu_count() or 1)) as threads:
+        outcomes = list(threads.map(trained, seeds))
+    good = [outcome for outcome in outcomes if isinstance(outcome, tuple)]
+    if not good:
+        raise next(outcome for outcome in outcomes if isinstance(outcome, SearchError))
+    folded = fold(mean_model([model for _, model, _ in good]), scaling)
     header = checkpoint_header(run)
     meta = checkpoint_meta(
         folded,
@@ -111,7 +156,7 @@ def write_final_fit(run: SearchRun, fit: FinalFit, path: Path) -> Path:
         training={
             "epoch": fit.epochs - 1,
             "test_loss": fit.test_loss,
-            "train_loss": float(curve.train_loss[-1]),
+            "train_loss": float(np.mean([loss for _, _, loss in good])),
             "per_band_rmse": dict(fit.validated),
             "config": {
                 "epochs": fit.epochs,
@@ -124,6 +169,10 @@ def write_final_fit(run: SearchRun, fit: FinalFit, path: Path) -> Path:
             **header,
             **start.header(fit.configuration),
             "search": {**header["search"], **fit.origin, "final_fit": True},
+            "mean_of": {
+                "width": int(fit.configuration["width"]),
+                "seeds": [each[0] for each in good],
+            },
             "split": fitted_split(run, header["split"]),
             "seed": fit.seed,
         },

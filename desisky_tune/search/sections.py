@@ -285,6 +285,9 @@ class EvaluationSpec(Section):
         the trial with the lowest objective.
     finalist_folds, finalist_seeds
         Folds, and seeds on each of them.
+    final_seeds
+        The winner's configuration is fitted with so many seeds to all rows but the test
+        rows; the checkpoint is the mean of these networks, which is one network.
     ensemble
         The members of the best so many finalists make an ensemble; 0: none is made.
 
@@ -297,6 +300,7 @@ class EvaluationSpec(Section):
     finalists: Annotated[Whole, Field(ge=0, le=1000)] = 0
     finalist_folds: Annotated[Whole, Field(ge=2, le=100)] = 5
     finalist_seeds: Annotated[Whole, Field(ge=1, le=100)] = 3
+    final_seeds: Annotated[Whole, Field(ge=1, le=100)] = 5
     ensemble: Annotated[Whole, Field(ge=0, le=1000)] = 3
 
     @field_validator("finalists")

@@ -21,7 +21,7 @@ nights. A MODEL is ``winner``, ``default`` (the documented default, trained alik
 ``validated_on`` says what ``validation`` means. ``split``: the validation rows, by models
 of the training rows. ``folds``: the training and validation rows, each by models of the
 other folds; the winner and the baselines were then fitted to all of these rows before they
-met the test rows. There are then also ``final_fit`` (epochs, seed, rows, and the RMSE on the
+met the test rows. There are then also ``final_fit`` (epochs, seed, seeds, rows, and the RMSE on the
 rows that were fitted) and ``finalists``, their board. ``pretrain`` says what the trials began
 with, where their weights were not drawn.
 """
@@ -53,7 +53,12 @@ from desisky_tune.search.ensemble import (
     write_ensemble,
 )
 from desisky_tune.search.export import export_trial
-from desisky_tune.search.final_fit import fit_of, fitted_rows, write_final_fit
+from desisky_tune.search.final_fit import (
+    final_seeds,
+    fit_of,
+    fitted_rows,
+    write_final_fit,
+)
 from desisky_tune.search.finalists import (
     Final,
     Finalist,
@@ -268,6 +273,7 @@ def _fit_figures(
         "final_fit": {
             "epochs": record.best_epoch + 1,
             "seed": record.seed,
+            "seeds": final_seeds(run.spec, record.configuration),
             "rows": len(fitted),
             "rmse": figures_of(squared_residuals(run, models["winner"], fitted)),
         }
