@@ -8,7 +8,8 @@ outer folds is repeated; all comparisons are paired.
 Figure of merit: squared errors pooled over the outer folds per band, then RMSE, then the
 mean of the bands; the epoch of every network is fixed without the nights that it is scored
 on. Each finished outer fold is a line of the file of `--out`: what is there already is not
-trained again.
+trained again. Models that a line lacks, since an earlier version of this script had none of them,
+are trained and added in a line of their own.
 
     python benchmarks/nested.py --out nested.jsonl --repeats 10 --processes 2
     python benchmarks/nested.py --out nested.jsonl --report-only
@@ -19,9 +20,12 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +41,13 @@ from desisky_tune.inference.bootstrap import interval, night_weights, resampled_
 
 #: How the models are called, in the order of the table.
 LABELS: Mapping[str, str] = {
-    "winner": "finalists' winner, fitted to all rows",
+    "winner_mean": "finalists' winner, fitted to all rows with 5 seeds: what a search exports",
+    "winner": "finalists' winner, fitted to all rows once",
     "ensemble": "ensemble of the best finalists' members",
     "single": "best single validation score",
     "transfer": "transfer: pretrained on the classical model, fine-tuned",
-    "default": "documented default, scaled, trained like the winner",
+    "default": "documented default, scaled, fitted to all rows once",
+    "default_mean": "documented default, scaled, fitted to all rows with 5 seeds",
     "default_single": "documented default, scaled, on the holdout",
     "default_raw": "documented default, raw inputs, on the holdout",
     "trees": "gradient-boosted trees",
@@ -50,6 +56,8 @@ LABELS: Mapping[str, str] = {
 }
 #: What the others are compared with.
 REFERENCE = "default"
+#: Seeds of the fits whose mean is taken.
+MEAN_OF = 5
 
 #: What must agree between the lines of a file.
 SETTINGS = ("outer", "trials", "epochs", "finalists", "folds", "seeds", "members", "space")
@@ -67,8 +75,14 @@ def main() -> None:
         if (repeat, fold) not in known
     ]
     print(describe(["desisky_tune", "jax", "equinox", "scikit-learn"]), end="\n\n", flush=True)
-    if not options.report_only and cells:
-        train_cells(cells, settings, options.out, options.processes)
+    lacking = [
+        (line["repeat"], line["fold"], line["chosen"]["winner"])
+        for line in read_lines(options.out, settings)
+        if "winner_mean" not in line["predictions"]
+    ]
+    if not options.report_only:
+        in_processes(train_cell, cells, settings, options.out, options.processes)
+        in_processes(train_means, lacking, settings, options.out, options.processes)
     lines = [line for line in read_lines(options.out, settings) if line["repeat"] < options.repeats]
     print(report(lines, settings))
 
@@ -93,7 +107,7 @@ def parsed() -> argparse.Namespace:
 
 def read_lines(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the finished cells of a file; a last line that was cut off is none."""
-    lines = []
+    lines: dict[tuple[int, int], dict[str, Any]] = {}
     for text in path.read_text().splitlines() if path.exists() else []:
         try:
             line = json.loads(text)
@@ -101,51 +115,90 @@ def read_lines(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
             continue
         if line["settings"] != dict(settings):
             raise SystemExit(f"{path}: made with {line['settings']}; give another --out")
-        lines.append(line)
-    return lines
+        cell = line["repeat"], line["fold"]
+        if "added" in line:
+            lines[cell]["predictions"] |= line["added"]
+        else:
+            lines[cell] = line
+    return list(lines.values())
 
 
-def train_cells(
-    cells: list[tuple[int, int]], settings: Mapping[str, Any], out: Path, processes: int
+def in_processes(
+    work: Callable[..., dict[str, Any]],
+    cells: Sequence[tuple[Any, ...]],
+    settings: Mapping[str, Any],
+    out: Path,
+    processes: int,
 ) -> None:
-    """Train every cell, each in one process, and append it when it is done."""
+    """Do the work of every cell, each in one process, and append its line when it is done."""
     context = multiprocessing.get_context("spawn")
     began = time.perf_counter()
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        waiting = [pool.submit(train_cell, *cell, dict(settings)) for cell in cells]
+        waiting = [pool.submit(work, dict(settings), *cell) for cell in cells]
         for done, future in enumerate(as_completed(waiting), start=1):
             append_line(out, json.dumps(future.result()))
             pace = (time.perf_counter() - began) / done
             left = pace * (len(cells) - done)
             print(f"{done} of {len(cells)} outer folds, about {left:.0f} s left", flush=True)
-    print(flush=True)
+    if cells:
+        print(flush=True)
 
 
 # --- one outer fold ------------------------------------------------------------------------------
 
 
-def train_cell(repeat: int, fold: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+def train_cell(settings: Mapping[str, Any], repeat: int, fold: int) -> dict[str, Any]:
     """Search, choose and fit without one outer fold's nights, and predict them."""
-    import os
-    import tempfile
-
-    from desisky_tune.search.local import process_environment
-
-    os.environ.update(process_environment(gpu=False))
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="desisky-tune-nested-") as folder:
-        predictions, promised, chosen = Cell(Path(folder), repeat, fold, settings).outcome()
-    rows = load_features().frame.iloc[outer_fold(repeat, fold, settings)[1]]
+    with a_cell(repeat, fold, settings) as cell:
+        predictions, promised, chosen = cell.outcome()
+        scored = cell.scored
     return {
         "repeat": repeat,
         "fold": fold,
         "settings": dict(settings),
-        "exposures": rows[EXPOSURE_ID].tolist(),
-        "predictions": {name: np.round(each, 5).tolist() for name, each in predictions.items()},
+        "exposures": scored[EXPOSURE_ID].tolist(),
+        "predictions": rounded(predictions),
         "promised": promised,
         "chosen": chosen,
         "seconds": round(time.perf_counter() - began, 1),
     }
+
+
+def train_means(
+    settings: Mapping[str, Any], repeat: int, fold: int, winner: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Fit the winner that an outer fold's line names, and the default, with several seeds."""
+    from desisky_tune.search.folds import finalist_arrays
+    from desisky_tune.search.space import default_configuration
+
+    with a_cell(repeat, fold, settings) as cell:
+        configurations = {0: dict(winner), 1: default_configuration()}
+        records = cell.train(
+            configurations,
+            finalist_arrays(cell.run),
+            cell.finalist_members,
+            cell.run.folder.finalists,
+        )
+        added = cell.means(dict(zip(("winner", "default"), records, strict=True)))
+    return {"repeat": repeat, "fold": fold, "settings": dict(settings), "added": rounded(added)}
+
+
+@contextmanager
+def a_cell(repeat: int, fold: int, settings: Mapping[str, Any]) -> Iterator[Cell]:
+    """Yield a cell in a folder of its own."""
+    import os
+
+    from desisky_tune.search.local import process_environment
+
+    os.environ.update(process_environment(gpu=False))
+    with tempfile.TemporaryDirectory(prefix="desisky-tune-nested-") as folder:
+        yield Cell(Path(folder), repeat, fold, settings)
+
+
+def rounded(predictions: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return predictions by model as JSON has them."""
+    return {name: np.round(each, 5).tolist() for name, each in predictions.items()}
 
 
 def outer_fold(
@@ -175,6 +228,7 @@ class Cell:
                 f"evaluation.finalists={settings['finalists']}",
                 f"evaluation.finalist_folds={settings['folds']}",
                 f"evaluation.finalist_seeds={settings['seeds']}",
+                "evaluation.final_seeds=1",
                 f"split.seed={self.seed}",
             ),
         )
@@ -194,8 +248,7 @@ class Cell:
         from desisky_tune.search.local import checkpoint_path, final_path, member_path
         from desisky_tune.search.records import best_record
 
-        run, trials = self.run, self.run.folder.trials
-        scored = run.table.frame.iloc[run.split.test]
+        run, trials, scored = self.run, self.run.folder.trials, self.scored
         records = self.search()
         single = best_record(records)
         assert single is not None
@@ -218,6 +271,12 @@ class Cell:
             ],
             axis=0,
         )
+        predictions |= self.means(
+            {
+                "winner": final.records[final.winner.number],
+                "default": final.records[final.default.number],
+            }
+        )
         predictions["transfer"] = self.transfer(scored)
         predictions["default_raw"] = self.raw_default(scored)
         baselines = fit_baselines(run, fitted_rows(run))
@@ -236,6 +295,26 @@ class Cell:
             "default_epochs": final.records[final.default.number].best_epoch,
         }
         return predictions, promised, chosen
+
+    @property
+    def scored(self) -> Any:
+        """The exposures of the outer fold."""
+        return self.run.table.frame.iloc[self.run.split.test]
+
+    def means(self, records: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Return what fits of several seeds predict, for trials that were measured on folds."""
+        from desisky_tune.inference import Predictor
+        from desisky_tune.search.final_fit import fit_of, write_final_fit
+
+        evaluation = self.run.spec.evaluation.model_copy(update={"final_seeds": MEAN_OF})
+        spec = self.run.spec.model_copy(update={"evaluation": evaluation})
+        run = replace(self.run, spec=spec)
+        found = {}
+        for name, record in records.items():
+            path = run.folder.path / f"{name}-mean.eqx"
+            write_final_fit(run, fit_of(record, {}), path)
+            found[f"{name}_mean"] = Predictor.load(path).predict(self.scored)
+        return found
 
     @property
     def finalist_members(self) -> Any:
@@ -542,8 +621,10 @@ def optimism_table(
         "| | promised | came | optimism | over draws |",
         "|---|---|---|---|---|",
     ]
-    for name in ("single", "winner"):
-        promised = np.array([promise(lines, name, repeat) for repeat in repeats])
+    for name, chosen in (("single", "single"), ("winner", "winner"), ("winner_mean", "winner")):
+        if name not in squared:
+            continue
+        promised = np.array([promise(lines, chosen, repeat) for repeat in repeats])
         came = np.sqrt(squared[name].mean(axis=1))[:, 1:].mean(axis=1)
         gap = came - promised
         rows.append(
