@@ -63,7 +63,8 @@ class RacingSearch:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder.search_json.touch()
         self.workers = workers
-        self.backend = FakeBackend(nan_at={4: 15, 6: 0})
+        # Some end early: between two rungs, and at one.
+        self.backend = FakeBackend(nan_at={4: 15, 6: 0}, ends_at={2: 22, 5: 10, 8: 30})
         self.clock = 0.0
         self.trained: list[int] = []
         self._queue: list[tuple[float, int, FakeTrial]] = []
@@ -125,7 +126,7 @@ class RacingSearch:
         target = next(rung for rung in rungs(self.spec) if rung > trial.epochs)
         progress = self.backend.advance(Assignment(number, configuration, 0), target)
         trial.epochs, trial.last_result = progress.epochs, progress.as_result(rungs(self.spec))
-        if progress.failed or target == self.spec.training.epochs:
+        if progress.ends_at(self.spec.training.epochs):
             self._complete(trial)
             return
         flat = flatten_dict(trial.last_result)

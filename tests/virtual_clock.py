@@ -67,12 +67,15 @@ class FakeBackend:
         Trial -> epoch from which its numbers are NaN.
     raises_at
         Trial -> (epoch, exception) that ends it.
+    ends_at
+        Trial -> epochs after which it ends by itself, before the search's.
     advanced
         Every (trial, epochs) that was asked for, in order.
     """
 
     nan_at: Mapping[int, int] = field(default_factory=dict)
     raises_at: Mapping[int, tuple[int, Exception]] = field(default_factory=dict)
+    ends_at: Mapping[int, int] = field(default_factory=dict)
     curve_of: Callable[[Mapping[str, Any], int], float] = rmse_at
     advanced: list[tuple[int, int]] = field(default_factory=list)
 
@@ -80,6 +83,8 @@ class FakeBackend:
         self.advanced.append((trial.number, epochs))
         if trial.number in self.raises_at and epochs >= self.raises_at[trial.number][0]:
             raise self.raises_at[trial.number][1]
+        stopped = epochs >= self.ends_at.get(trial.number, epochs + 1)
+        epochs = min(epochs, self.ends_at.get(trial.number, epochs))
         first_nan = self.nan_at.get(trial.number, epochs)
         values = [
             self.curve_of(trial.configuration, epoch) if epoch < first_nan else math.nan
@@ -101,6 +106,7 @@ class FakeBackend:
             seconds=epochs * seconds_per_epoch(trial.configuration),
             curve={name: curve[name] for name in CURVE_SERIES},
             objectives=values,
+            stopped=stopped,
         )
 
     def release(self, trial: Assignment) -> None:

@@ -145,7 +145,7 @@ class Ordering:
                 ends = self._decide(number, rung, self._reports[number][rung])
             elif number in self._ends:
                 result, error = self._ends[number]
-                self._searcher.on_trial_complete(str(number), result, error=error)
+                self._end(number, result, error=error)
                 ends = True
             else:
                 return
@@ -168,6 +168,12 @@ class Ordering:
         self._judge(number, rung, STOP)
         return True
 
+    def _end(self, number: int, result: Result | None, *, error: bool) -> None:
+        """Hand on that a trial ended by itself, or failed."""
+        if result and result.get("stopped"):
+            self._scheduler.ended_early(number, int(result[TIME]), float(result[METRIC]))
+        self._searcher.on_trial_complete(str(number), result, error=error)
+
     def _replay(self, record: TrialRecord, rung: int) -> bool:
         """Hand on what the ledger knows of a trial at a rung; return whether it ends there."""
         goes_on = record.epochs > rung or (record.state == "FAIL" and rung in record.rungs)
@@ -178,6 +184,8 @@ class Ordering:
                 report = {TIME: rung, METRIC: record.rungs[rung]}
                 self._searcher.on_trial_result(str(record.number), report)
             return False
+        if record.state == "COMPLETE" and record.objective is not None:
+            self._scheduler.ended_early(record.number, record.epochs, record.objective)
         self._searcher.tell(record)
         return True
 

@@ -75,7 +75,7 @@ class RungScheduler(ASHAScheduler):
                 if epochs in self._reached and math.isfinite(objective):
                     self._reached[epochs][record.number] = objective
             if record.state == "COMPLETE" and record.objective is not None:
-                self._count_beyond(record.number, record.epochs, record.objective)
+                self.ended_early(record.number, record.epochs, record.objective)
 
     def decide(self, number: int, epochs: int, objective: float) -> str:
         """Return whether trial `number` goes on from `epochs` (`CONTINUE` or `STOP`).
@@ -111,7 +111,7 @@ class RungScheduler(ASHAScheduler):
         if result and result.get("stopped"):
             number, epochs = int(trial.config["trial"]), int(result[TIME])
             self._count_below(number, epochs, result)
-            self._count_beyond(number, epochs, float(result[METRIC]))
+            self.ended_early(number, epochs, float(result[METRIC]))
 
     def _count_below(self, number: int, epochs: int, result: Mapping[str, Any]) -> None:
         """Count the rungs on the way: a trial that was taken further before reports its last."""
@@ -119,7 +119,8 @@ class RungScheduler(ASHAScheduler):
             if int(rung) < epochs and int(rung) in self._reached:
                 self._reached[int(rung)].setdefault(number, float(objective))
 
-    def _count_beyond(self, number: int, epochs: int, objective: float) -> None:
+    def ended_early(self, number: int, epochs: int, objective: float) -> None:
+        """Count a trial that ended by itself at the rungs that it did not get to."""
         for rung in self._reached:
             if rung >= epochs:
                 self._reached[rung].setdefault(number, objective)
@@ -150,6 +151,9 @@ class FullScheduler(FIFOScheduler):
 
     def prime(self, records: Iterable[TrialRecord]) -> None:
         """Earlier trials change nothing."""
+
+    def ended_early(self, number: int, epochs: int, objective: float) -> None:
+        """Nothing is counted."""
 
     def decide(self, number: int, epochs: int, objective: float) -> str:
         """Return `CONTINUE`: a trial ends by itself."""
