@@ -6,7 +6,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -31,23 +31,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     StorageError
         When the file cannot be written (no permission, disk full).
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.part{target.suffix}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with _beside(path, os.replace) as temporary:
         yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, target)
-        _fsync_folder(target.parent)
-    except OSError as error:
-        if isinstance(error, DesiskyTuneError):
-            raise
-        raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        # Absent after the rename, or where the folder could not even be made.
-        with suppress(OSError):
-            temporary.unlink()
 
 
 @contextmanager
@@ -59,6 +44,18 @@ def first_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     StorageError
         When the file cannot be written.
     """
+
+    def link(temporary: Path, target: Path) -> None:
+        # A link, unlike a renaming, leaves alone what is there.
+        with suppress(FileExistsError):
+            os.link(temporary, target)
+
+    with _beside(path, link) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _beside(path: str | os.PathLike[str], place: Callable[[Path, Path], None]) -> Iterator[Path]:
     target = Path(path)
     temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.part{target.suffix}")
     try:
@@ -66,15 +63,14 @@ def first_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
-        # A link, unlike a renaming, leaves alone what is there.
-        with suppress(FileExistsError):
-            os.link(temporary, target)
+        place(temporary, target)
         _fsync_folder(target.parent)
     except OSError as error:
         if isinstance(error, DesiskyTuneError):
             raise
         raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
+        # Absent after the rename, or where the folder could not even be made.
         with suppress(OSError):
             temporary.unlink()
 

@@ -217,7 +217,9 @@ def test_desisky_loads_ours_and_predicts_the_same(checkpoint: Path, model: eqx.n
 
 def test_we_load_desisky_and_predict_the_same(tmp_path: Path) -> None:
     desisky = desisky_io()
-    make = pytest.importorskip("desisky.models.broadband").make_broadbandMLP
+    make = pytest.importorskip(
+        "desisky.models.broadband", reason="desisky, of the test extra, is not installed"
+    ).make_broadbandMLP
     theirs = make(in_size=6, out_size=4, width_size=128, depth=5)
     arch = {"in_size": 6, "out_size": 4, "width_size": 128, "depth": 5}
     path = desisky.save(tmp_path / "theirs.eqx", theirs, {"schema": 1, "arch": arch})

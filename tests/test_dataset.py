@@ -242,11 +242,15 @@ def test_nothing_here_imports_torch_pandas_or_jax():
     assert result.stdout.strip() == "[]"
 
 
+#: Why these are skipped: the package works with PyTorch where a user has it.
+NO_TORCH = "PyTorch is no dependency; it is not installed here"
+
+
 class TestWithTorch:
     """The documented quick start's own loaders."""
 
     def test_random_split_subset_and_dataloader(self, dataset):
-        torch = pytest.importorskip("torch")
+        torch = pytest.importorskip("torch", reason=NO_TORCH)
         from torch.utils.data import DataLoader, random_split
 
         parts = random_split(dataset, [0.7, 0.3], generator=torch.Generator().manual_seed(42))
@@ -260,7 +264,7 @@ class TestWithTorch:
         np.testing.assert_array_equal(gathered.inputs, np.concatenate([b[0] for b in ours]))
 
     def test_a_torch_generator_seeds_the_order(self, dataset):
-        torch = pytest.importorskip("torch")
+        torch = pytest.importorskip("torch", reason=NO_TORCH)
 
         def first_epoch():
             generator = torch.Generator().manual_seed(3)
@@ -270,7 +274,7 @@ class TestWithTorch:
         assert first_epoch() == first_epoch()
 
     def test_torchs_loader_is_gathered_unless_it_has_its_own_way(self, dataset):
-        torch = pytest.importorskip("torch")
+        torch = pytest.importorskip("torch", reason=NO_TORCH)
         from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
         order = loader_order(DataLoader(dataset, batch_size=8, shuffle=True, drop_last=True))

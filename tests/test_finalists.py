@@ -116,6 +116,7 @@ def test_the_winner_is_fitted_to_all_rows_but_the_test_rows(result: SearchResult
     best = evaluation["finalists"][0]
     assert header["training"]["config"]["epochs"] == best["best_epoch"] + 1
     assert evaluation["final_fit"]["epochs"] == best["best_epoch"] + 1
+    assert evaluation["final_fit"]["seeds"] == [0, 1, 2, 3, 4]
     assert evaluation["final_fit"]["rows"] == len(split["train"]) + len(split["validation"])
 
 

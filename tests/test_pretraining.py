@@ -65,7 +65,6 @@ def a_pretraining(folder: Path, epochs: int = 5, rate: float = 1e-2) -> Pretrain
         settings=PretrainSpec(source="simulated", epochs=epochs, learning_rate=rate),
         loss="huber",
         note={"source": "simulated", "rows": 120},
-        documented=default_configuration(),
         rows=SearchArrays(*rows(8, 120), (Fold(np.arange(100), np.arange(100, 120)),)),
     )
 

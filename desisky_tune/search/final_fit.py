@@ -4,9 +4,8 @@ The folds have said after how many epochs to stop, so no rows are needed to choo
 weights are those after the last epoch. Early stopping has no part in it, and a schedule spans the
 epochs that it spanned on the folds: the epoch that they chose is one of that schedule.
 
-What one training gives depends on its seed, by about as much as configurations differ on few
-rows. So it is made with several seeds, and the checkpoint holds the mean of the networks, which
-is one network (`desisky_tune.models.mean`).
+What one training gives depends on its seed. So it is made with several, and the checkpoint holds
+the mean of the networks, which is one network (`desisky_tune.models.mean`).
 """
 
 from __future__ import annotations

@@ -26,9 +26,9 @@ from desisky_tune.errors import CheckpointError, DesiskyTuneError, InputError, R
 from desisky_tune.files import atomic_path, first_path
 from desisky_tune.search.arrays import SearchArrays
 from desisky_tune.search.given_weights import GivenWeights, read_given
-from desisky_tune.search.hyperparameters import is_documented_default
+from desisky_tune.search.hyperparameters import in_full, is_documented_default
 from desisky_tune.search.patience import TRIAL_PATIENCE, patiently
-from desisky_tune.search.space import PretrainSpec, SearchSpec, default_configuration
+from desisky_tune.search.space import PretrainSpec, SearchSpec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,8 +63,6 @@ class Pretraining:
         Of the pretraining: the search's.
     note
         Where the weights come from, for the headers of checkpoints.
-    documented
-        The configuration that always begins with weights of its own.
     rows
         Simulated rows, one fold; None for given weights.
     mirror
@@ -76,7 +74,6 @@ class Pretraining:
     settings: PretrainSpec
     loss: str
     note: Mapping[str, Any]
-    documented: Mapping[str, Any]
     rows: SearchArrays | None
     mirror: RunMirror | None = None
 
@@ -182,7 +179,6 @@ def open_pretraining(run: SearchRun) -> Pretraining | None:
         settings=spec.pretrain,
         loss=spec.training.loss,
         note=folder.read_search()["pretrain"],
-        documented=default_configuration(),
         rows=rows,
         mirror=folder.mirror,
     )
@@ -320,7 +316,7 @@ def _pretrain(plan: Pretraining, width: int, depth: int, seed: int, path: Path) 
         loss=plan.loss,
         select="rmse",
     )
-    rates = Hyperparameters(settings.learning_rate, float(plan.documented["huber_delta"]))
+    rates = Hyperparameters(settings.learning_rate, float(in_full({})["huber_delta"]))
     arrays = training_arrays(*train, *validation, scaling)
     state, curve = program.advance(program.init(seed), arrays, rates, settings.epochs)
     if curve.failed:

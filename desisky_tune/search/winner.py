@@ -39,6 +39,7 @@ from desisky_tune.errors import SearchError
 from desisky_tune.inference import Predictor
 from desisky_tune.inference.bootstrap import Floats
 from desisky_tune.inference.ensemble import INDEX, EnsemblePredictor
+from desisky_tune.io.header import read_header
 from desisky_tune.search.accuracy import (
     difference,
     figures_of,
@@ -54,7 +55,6 @@ from desisky_tune.search.ensemble import (
 )
 from desisky_tune.search.export import export_trial
 from desisky_tune.search.final_fit import (
-    final_seeds,
     fit_of,
     fitted_rows,
     write_final_fit,
@@ -263,6 +263,12 @@ def _ensemble_figures(run: SearchRun, ensemble: OutOfFold | None) -> dict[str, A
     return {"ensemble": describe_ensemble(index)}
 
 
+def _seeds_of(run: SearchRun, record: TrialRecord) -> list[int]:
+    """Return the seeds whose networks the winner's file is the mean of."""
+    mean_of = read_header(run.folder.best).get("mean_of", {})
+    return list(mean_of.get("seeds", [record.seed]))
+
+
 def _fit_figures(
     run: SearchRun, record: TrialRecord, models: Mapping[str, Predict]
 ) -> dict[str, Any]:
@@ -273,7 +279,7 @@ def _fit_figures(
         "final_fit": {
             "epochs": record.best_epoch + 1,
             "seed": record.seed,
-            "seeds": final_seeds(run.spec, record.configuration),
+            "seeds": _seeds_of(run, record),
             "rows": len(fitted),
             "rmse": figures_of(squared_residuals(run, models["winner"], fitted)),
         }
