@@ -325,6 +325,24 @@ def test_a_meter_counts_what_is_under_way() -> None:
     assert meter.seconds() == {"compiling": 5.0, "training": 4.5}
 
 
+def test_keeping_counts_only_where_a_place_stands_empty_for_it() -> None:
+    now = [0.0]
+    meter = Meter(2, clock=lambda: now[0])
+    now[0] = 1.0
+    assert meter.keeping() == 0  # two empty places, and nothing to do
+    with meter.working(), meter.working(), meter.working():
+        now[0] = 3.0
+        assert meter.keeping() == 4  # three trials, and places for two: for 2 s
+        with meter.spending("training"):
+            now[0] = 6.0
+            assert meter.keeping() == 7  # one place empty: for 3 s
+            with meter.spending("compiling"):
+                now[0] = 10.0
+    assert meter.keeping() == 7  # no place empty: what is done beside them costs nothing
+    now[0] = 20.0
+    assert meter.keeping() == 7
+
+
 def test_shares_add_up_and_what_is_left_is_waiting() -> None:
     one = EngineFigures("a", 2, 1, 3, 2, seconds=40, compiling=4, training=20, keeping=6)
     assert one.shares() == {"compiling": 0.1, "training": 0.5, "keeping": 0.15, "waiting": 0.25}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,10 @@ from desisky_tune.search.local import (
 )
 from desisky_tune.search.records import finish
 from desisky_tune.search.sections import TrainingSpec
+from desisky_tune.search.trial_files import TrialFiles
 from desisky_tune.training.metrics import band_rmse
+from desisky_tune.training.native import missing_because
+from desisky_tune.training.native.program import NativeProgram
 
 TRAINING = TrainingSpec(epochs=12)
 CONFIGURATION = {
@@ -60,6 +65,50 @@ def test_what_is_kept_is_what_was_measured(arrays: SearchArrays, tmp_path: Path)
     assert progress.objective == pytest.approx(measured.mean(), abs=1e-4)
     assert meta["training"]["epoch"] == progress.best_epoch
     assert meta["data"] == {"source": "made up"}
+
+
+def test_what_is_kept_of_one_trial_keeps_no_other_from_training(
+    arrays: SearchArrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing, may_end = threading.Event(), threading.Event()
+    write = TrialFiles.write_state
+
+    def slowly(files: TrialFiles, trial: Assignment, *rest: Any) -> None:
+        if trial.number == 0:
+            writing.set()
+            assert may_end.wait(60)
+        write(files, trial, *rest)
+
+    monkeypatch.setattr(TrialFiles, "write_state", slowly)
+    backend = LocalBackend(arrays, TRAINING, tmp_path, lanes=1)
+    with ThreadPoolExecutor(1) as thread:
+        first = thread.submit(backend.advance, trial(0), 4)
+        assert writing.wait(60)
+        second = backend.advance(trial(1), 4)
+        assert not first.done()
+        may_end.set()
+        assert first.result(60).objective == second.objective
+
+
+@pytest.mark.skipif(missing_because() is not None, reason="no C compiler")
+def test_no_more_train_at_a_time_than_there_are_lanes(
+    arrays: SearchArrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, most, together = [0], [0], threading.Barrier(2)
+    advance = NativeProgram.advance
+
+    def counted(*arguments: Any) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        together.wait(60)  # with two lanes, two come here each time
+        inside[0] -= 1
+        return advance(*arguments)
+
+    monkeypatch.setattr(NativeProgram, "advance", counted)
+    backend = LocalBackend(arrays, TRAINING, tmp_path, lanes=2)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda number: backend.advance(trial(number), 4), range(8)))
+    assert most[0] == 2
 
 
 def test_the_objective_is_that_of_the_best_epoch_so_far(

@@ -83,12 +83,13 @@ class Rows:
         return found
 
 
-def make_backend(device: Device, work: Work, arrays: SearchArrays) -> Backend:
+def make_backend(device: Device, slots: int, work: Work, arrays: SearchArrays) -> Backend:
     """Return what trains on a device. Nothing else decides it.
 
-    `Backend.advance` is called by as many threads at a time as the engine has slots.
-    A backend that has a `meter` (`desisky_tune.search.figures.Meter`) tells by it what its
-    time goes into; one that runs all slots in one program has ``lanes = 1``.
+    `Backend.advance` is called by as many threads at a time as the engine has slots, or as the
+    backend has `room` for: one that lets only some of them train at a time does the rest of its
+    work beside that. A backend that has a `meter` (`desisky_tune.search.figures.Meter`) tells by
+    it what its time goes into; one that runs all slots in one program has ``lanes = 1``.
     """
     if device == "gpu":
         from desisky_tune.search.slot_backend import SlotBackend
@@ -111,6 +112,7 @@ def make_backend(device: Device, work: Work, arrays: SearchArrays) -> Backend:
         work.folder,
         work.header,
         work.mirror,
+        lanes=slots,
         pretraining=work.pretraining,
     )
 
@@ -169,7 +171,7 @@ class Engine:
     device
         ``cpu`` or ``gpu``.
     slots
-        Trials at a time, each in a thread of its own.
+        Trials that are trained at a time, each in a thread of its own.
     run
         Name of the run, for metrics.
     dispatcher
@@ -195,21 +197,21 @@ class Engine:
             desk: Any = ray.get_actor(dispatcher)
             desk.started.remote(f"{name}:{os.getpid()}")
             if backend is None:
-                backend = make_backend(device, *ray.get(desk.rows.remote()).get())
+                backend = make_backend(device, slots, *ray.get(desk.rows.remote()).get())
         assert backend is not None
         self._name = name
         self._slots = slots
         self._run = run
         self._backend = backend
-        self._meter: Meter = getattr(backend, "meter", None) or Meter()
+        self._meter: Meter = getattr(backend, "meter", None) or Meter(slots)
         self._lanes = int(getattr(backend, "lanes", slots))
-        self._threads = ThreadPoolExecutor(slots, thread_name_prefix="trial")
-        self._gate = Gate(slots)
+        room = int(getattr(backend, "room", slots))
+        self._threads = ThreadPoolExecutor(room, thread_name_prefix="trial")
+        self._gate = Gate(room)
         self._trials: dict[int, Assignment] = {}
         self._turns: set[int] = set()
         self._finished = 0
-        self._worked = 0.0
-        self._busy: dict[int, float] = {}
+        self._busy: set[int] = set()
         self._ready_at = time.perf_counter()
         self._metrics: asyncio.Task[None] | None = None
 
@@ -277,15 +279,12 @@ class Engine:
         """Return what the time of this process went into."""
         now = time.perf_counter()
         spent = self._meter.seconds()
-        if self._lanes == self._slots:
-            under_way = sum(now - began for began in self._busy.values())
-            keeping = max(0.0, self._worked + under_way - sum(spent.values()))
-        else:
-            keeping = 0.0  # the calls of the trials are no measure of what the device does
+        # Where all slots are one program, the trials' calls are no measure of what it does.
+        keeping = self._meter.keeping() if self._lanes == self._slots else 0.0
         return EngineFigures(
             engine=self._name,
             slots=self._slots,
-            busy=len(self._busy),
+            busy=min(len(self._busy), self._slots),
             trials=self._finished,
             lanes=self._lanes,
             seconds=self._lanes * (now - self._ready_at),
@@ -300,12 +299,12 @@ class Engine:
         if number not in self._turns:
             await self._gate.enter()
         self._turns.discard(number)
-        began = self._busy[number] = time.perf_counter()
+        self._busy.add(number)
         try:
-            yield
+            with self._meter.working():
+                yield
         finally:
-            self._busy.pop(number, None)
-            self._worked += time.perf_counter() - began
+            self._busy.discard(number)
             await self._gate.leave()
 
     async def _tell_metrics(self) -> None:

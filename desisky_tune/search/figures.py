@@ -17,28 +17,65 @@ class Meter:
 
     Parameters
     ----------
+    lanes
+        Places for what is counted, as in `EngineFigures`.
     clock
         Seconds, monotonic.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, lanes: int = 1, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._lanes = lanes
         self._clock = clock
         self._lock = threading.Lock()
         self._seconds = {"compiling": 0.0, "training": 0.0}
         self._under_way: dict[object, tuple[Spending, float]] = {}
+        self._calls = 0
+        self._keeping = 0.0
+        self._kept_until = clock()
 
     @contextmanager
     def spending(self, what: Spending) -> Iterator[None]:
         """Count the time that the body takes, from its first moment on."""
         token = object()
         with self._lock:
-            self._under_way[token] = what, self._clock()
+            self._under_way[token] = what, self._keep()
         try:
             yield
         finally:
             with self._lock:
+                now = self._keep()
                 _, began = self._under_way.pop(token)
-                self._seconds[what] += self._clock() - began
+                self._seconds[what] += now - began
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Mark a trial as being in the backend's hands, whatever is done for it."""
+        with self._lock:
+            self._keep()
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._keep()
+                self._calls -= 1
+
+    def keeping(self) -> float:
+        """Return how long places stood empty while something else was done for a trial (s).
+
+        What is done for one trial while others train in every place costs none of their time.
+        """
+        with self._lock:
+            self._keep()
+            return self._keeping
+
+    def _keep(self) -> float:
+        """Count the time since the last change; return the time."""
+        now, busy = self._clock(), len(self._under_way)
+        empty, beside = max(0, self._lanes - busy), max(0, self._calls - busy)
+        self._keeping += min(empty, beside) * (now - self._kept_until)
+        self._kept_until = now
+        return now
 
     def add(self, what: Spending, seconds: float) -> None:
         """Count time that was measured elsewhere (s)."""
@@ -76,8 +113,8 @@ class EngineFigures:
     compiling, training
         What of it went into either (s).
     keeping
-        What of it went into states, checkpoints and everything else that is done for a
-        trial by whoever trains it (s).
+        What of it a place stood empty for while states, checkpoints or something else were
+        made for a trial (s).
     """
 
     engine: str

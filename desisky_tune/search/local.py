@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,10 @@ __all__ = [
 ]
 
 
+#: Trials that an engine may be keeping or opening while others train in each of its lanes.
+BESIDE = 2
+
+
 @dataclass(frozen=True)
 class _FoldRows:
     """A fold on the device, and the scaling that its training rows gave."""
@@ -96,7 +101,8 @@ class LocalBackend:
     """Trains trials in this process, each in the thread that asks for it.
 
     Several threads may train a trial each; one trial's members follow one another. What two
-    threads need is compiled once, while the other waits.
+    threads need is compiled once, while the other waits. States, weights and the first weights
+    of a trial are made beside the trainings of others.
 
     Parameters
     ----------
@@ -110,11 +116,15 @@ class LocalBackend:
         Further keys for the header of each checkpoint: where it comes from.
     mirror
         Where a run on a URL has its files: each is put there, and fetched when it is wanted.
+    lanes
+        How many of the calling threads train at a time: the cores that they have. None for all.
     pretraining
         What trainings begin with; None where their weights are drawn.
 
     Attributes
     ----------
+    room
+        Threads that may call at a time: some beside those that train.
     meter
         How long was compiled and trained, by all threads together.
     """
@@ -127,6 +137,7 @@ class LocalBackend:
         header: Mapping[str, Any] | None = None,
         mirror: RunMirror | None = None,
         *,
+        lanes: int | None = None,
         pretraining: Pretraining | None = None,
     ) -> None:
         self._training = training
@@ -138,7 +149,9 @@ class LocalBackend:
         self._trials: dict[int, RunningTrial[_Training]] = {}
         self._compiled: WeakKeyDictionary[Any, dict[Any, _Compiled]] = WeakKeyDictionary()
         self._lock = threading.Lock()
-        self.meter = Meter()
+        self._places = nullcontext() if lanes is None else threading.BoundedSemaphore(lanes)
+        self.room = BESIDE + (lanes or 1)
+        self.meter = Meter(lanes or 1)
         self._start = PretrainedWeights(pretraining, self.meter)
 
     def advance(self, trial: Assignment, epochs: int) -> Progress:
@@ -219,9 +232,10 @@ class LocalBackend:
         if state is None or done > epoch:
             done, state = 0, self._initial(trial, member, training.program)
         arrays = self._fold(member.fold).arrays
-        state, _ = training.program.advance(
-            state, arrays, self._hyperparameters(trial), epoch + 1 - done
-        )
+        with self._places, self.meter.spending("training"):
+            state, _ = training.program.advance(
+                state, arrays, self._hyperparameters(trial), epoch + 1 - done
+            )
         return training.program.last_model(state)
 
     def _train_all(
@@ -246,16 +260,17 @@ class LocalBackend:
     def _train(
         self, trial: Assignment, member: Member, training: _Training, epochs: int
     ) -> _Training:
-        began = time.perf_counter()
         arrays = self._fold(member.fold).arrays
-        with self.meter.spending("training"):
+        with self._places, self.meter.spending("training"):
+            began = time.perf_counter()
             state, curve = training.program.advance(
                 training.state, arrays, self._hyperparameters(trial), epochs - training.epochs
             )
+            seconds = time.perf_counter() - began
         return training.after(
             [curve],
             state,
-            time.perf_counter() - began,
+            seconds,
             before=(training.epochs, training.state) if trial.keep_members else None,
         )
 

@@ -100,7 +100,10 @@ class NativeProgram:
         if not 0 <= seed < 2**32:
             raise InputError(f"Program: seed is {seed}; it must be in 0..2**32-1")
         layers = initial_layers(seed, *self._shape) if model is None else self._layers(model)
-        weights = pack(layers)
+        return self._beginning(pack(layers), seed)
+
+    @staticmethod
+    def _beginning(weights: NDArray[np.float32], seed: int) -> TrainState:
         zeros = np.zeros_like(weights)
         return TrainState(
             parameters=weights,
@@ -207,11 +210,7 @@ class NativeProgram:
         weights: NDArray[np.float32] = np.zeros(
             self._core.parameter_count(*self._shape), np.float32
         )
-        return self.init(0)._replace(
-            parameters=weights,
-            best_parameters=weights,
-            optimiser=AdamState(weights, weights, np.array(0, np.int32)),
-        )
+        return self._beginning(weights, 0)
 
     def _layers(self, model: Any) -> Layers:
         misfit = InputError("Program.init: the model is not of the structure of this program")

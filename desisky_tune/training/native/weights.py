@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 #: Numbers in a row of the layout; as in ``training.c``.
 PANEL = 16
 
+#: Numbers drawn at a time: the generator's sixty passes over them stay in the caches.
+_BLOCK = 8192
+
 Layers = list[tuple[NDArray[np.float32], NDArray[np.float32]]]
 _Key = tuple[np.uint32, np.uint32]
 
@@ -100,8 +103,8 @@ def _threefry(key: _Key, first: Any, second: Any) -> tuple[Any, Any]:
     return a, b
 
 
-def _words(key: _Key, count: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    index = np.arange(count, dtype=np.uint64)
+def _words(key: _Key, count: int, start: int = 0) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    index = np.arange(start, start + count, dtype=np.uint64)
     with np.errstate(over="ignore"):
         first, second = _threefry(
             key, (index >> np.uint64(32)).astype(np.uint32), index.astype(np.uint32)
@@ -114,7 +117,15 @@ def _split(key: _Key, count: int) -> list[_Key]:
 
 
 def _uniform(key: _Key, count: int, limit: float) -> NDArray[np.float32]:
-    first, second = _words(key, count)
+    value = np.empty(count, np.float32)
+    for start in range(0, count, _BLOCK):
+        part = value[start : start + _BLOCK]
+        part[:] = _uniform_block(key, start, len(part), limit)
+    return value
+
+
+def _uniform_block(key: _Key, start: int, count: int, limit: float) -> NDArray[np.float32]:
+    first, second = _words(key, count, start)
     mantissa = (first ^ second) >> np.uint32(9) | np.uint32(0x3F800000)
     share = mantissa.view(np.float32) - np.float32(1)
     low, high = np.float32(-limit), np.float32(limit)
