@@ -412,7 +412,7 @@ SMALL = [
     *("--set", "space.depth={low: 1, high: 2}"),
     *("--set", "search.grace=3", "--set", "search.reduction=3"),
     *("--set", "evaluation.finalists=0"),
-    *("--trials", "4", "--epochs", "9", "--workers", "2"),
+    *("--trials", "4", "--epochs", "9", "--workers", "1"),
 ]
 
 

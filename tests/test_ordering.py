@@ -173,7 +173,7 @@ def expected() -> list[tuple[Any, ...]]:
 SECONDS = st.lists(st.floats(0.001, 1000), min_size=1, max_size=40)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(seconds=SECONDS)
 def test_the_leaderboard_is_the_same_for_any_durations(
     expected: list[tuple[Any, ...]], seconds: list[float]
@@ -181,7 +181,7 @@ def test_the_leaderboard_is_the_same_for_any_durations(
     assert board(raced(a_spec(), drawn_durations(seconds))) == expected
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(seconds=SECONDS, cuts=st.lists(st.floats(0, 2000), min_size=1, max_size=3))
 def test_it_is_the_same_however_often_the_search_is_interrupted(
     expected: list[tuple[Any, ...]], seconds: list[float], cuts: list[float]

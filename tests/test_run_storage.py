@@ -31,7 +31,7 @@ SMALL = (
     "evaluation.finalist_seeds=1",
     "search.grace=20",
     "training.epochs=60",
-    "resources.workers=2",
+    "resources.workers=1",
     "space.width=8",
     "space.depth=1",
     "space.batch_size=32",
@@ -54,7 +54,8 @@ def test_a_search_on_a_url_is_resumed_elsewhere_to_the_same_trials(
     ray_instance: Any, tmp_path: Path, another_machine: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec = load_spec("quick", overrides=SMALL)
-    undisturbed = run_search(spec, runs=tmp_path / "whole", name="run")
+    alone = load_spec("quick", overrides=(*SMALL, "evaluation.finalists=0"))
+    undisturbed = run_search(alone, runs=tmp_path / "whole", name="run")
     url = f"file://{tmp_path}/bucket/runs"
 
     def die(event: Event) -> None:

@@ -236,7 +236,7 @@ SMALL = (
     "search.scheduler=none",
     "training.epochs=4",
     "search.grace=2",
-    "resources.workers=2",
+    "resources.workers=1",
 )
 
 

@@ -26,6 +26,7 @@ def cluster() -> Iterator[Any]:
     cluster.shutdown()
 
 
+@pytest.mark.usefixtures("long_form")
 def test_a_search_outlives_a_lost_node(
     tmp_path: Path, cluster: Any, undisturbed: list[TrialRecord]
 ) -> None:

@@ -24,6 +24,7 @@ def assert_stopped(command: Command, run: Path, code: int) -> None:
     assert "Traceback" not in "\n".join(command.lines)
 
 
+@pytest.mark.usefixtures("long_form")
 def test_a_search_that_is_stopped_again_and_again_loses_nothing(
     tmp_path: Path, undisturbed: list[TrialRecord], address: str
 ) -> None:
