@@ -123,6 +123,61 @@ def test_it_trains_as_the_textbook_says(width, depth, inputs, outputs, batch, co
         assert np.quantile(np.abs(layer.bias - bias), 0.9) < 2e-5
 
 
+def with_idle_units(width: int, depth: int):
+    """Layers of which every third unit is idle for good, and every third for most exposures."""
+    layers = initial_layers(3, 6, 4, width, depth)
+    for weight, bias in layers[:-1]:
+        bias[::3] = -1e3
+        bias[1::3] -= np.float32(np.quantile(np.abs(weight).sum(1), 0.5))
+    return layers
+
+
+@needs_compiler
+@pytest.mark.parametrize("batch", [3, 16, 40])
+def test_units_that_are_idle_for_a_batch_change_nothing(batch):
+    arrays = rows(70, 150)
+    made = program(width=29, depth=3, batch_size=batch)
+    layers = with_idle_units(29, 3)
+    state, curve = made.advance(
+        made.init(3, made._model(pack(layers))), arrays, Hyperparameters(1e-3, 0.3), 3
+    )
+    orders = [np.asarray(epoch_order(3, epoch, 70)) for epoch in range(3)]
+    weights, expected = by_hand(layers, arrays, orders, batch=batch, rate=1e-3, delta=0.3)
+    np.testing.assert_allclose(curve.train_loss, expected[:, 0], rtol=1e-4)
+    np.testing.assert_allclose(curve.rmse, expected[:, 2:], rtol=1e-4)
+    after = [np.asarray(layer.weight) for layer in made.last_model(state).layers]
+    for found, (weight, _) in zip(after, weights, strict=True):
+        assert np.quantile(np.abs(found - weight), 0.9) < 2e-5
+    for found, (begun, _) in zip(after[:-1], layers[:-1], strict=True):
+        np.testing.assert_array_equal(found[::3], begun[::3])  # into those idle for good
+        assert np.any(found[2::3] != begun[2::3])
+    for found, (begun, _) in zip(after[1:], layers[1:], strict=True):
+        np.testing.assert_array_equal(found[:, ::3], begun[:, ::3])  # and out of them
+
+
+@needs_compiler
+@pytest.mark.parametrize("moment", [0.0, 1e-3])
+def test_the_moments_of_idle_units_fade(moment):
+    arrays = rows(12, 10)
+    made = program(width=20, depth=2, batch_size=12)
+    begun = made.init(3, made._model(pack(with_idle_units(20, 2))))
+    first, second = (np.full_like(begun.parameters, value) for value in (moment, 1e-4))
+    optimiser = begun.optimiser._replace(first=first, second=second, steps=np.array(1000, np.int32))
+    after, _ = made.advance(
+        begun._replace(optimiser=optimiser), arrays, Hyperparameters(1e-2, 0.3), 1
+    )
+    step = 1e-2 * (0.9 * moment / (1 - 0.9**1001))
+    step /= np.sqrt(0.999e-4 / (1 - 0.999**1001)) + 1e-8
+    sizes = [(6, 20), (20, 20), (20, 4)]
+    w, w_after, m_after, v_after = (
+        unpack(part, sizes)[1][0][::3]
+        for part in (begun.parameters, after.parameters, *after.optimiser[:2])
+    )
+    np.testing.assert_allclose(w - w_after, step, atol=1e-7)
+    np.testing.assert_allclose(m_after, 0.9 * moment, rtol=1e-6)
+    np.testing.assert_allclose(v_after, 0.999e-4, rtol=1e-6)
+
+
 @needs_compiler
 def test_a_long_training_stays_beside_the_compiled_one_of_jax():
     arrays = rows(300, 100)

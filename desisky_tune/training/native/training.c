@@ -14,6 +14,9 @@
    over the whole sum, and what follows the sum (bias and ReLU; the mask; Adam) is done to the
    tile before it is written: no gradient ever goes to memory.
 
+   A unit that is zero for a whole batch (in the last layers of a trained model every fourth) is
+   left out of all three: what it is multiplied with adds nothing.
+
    Each element is summed in one order, whatever the length of a vector. */
 
 #include <math.h>
@@ -78,6 +81,33 @@ INLINE vec root_of(vec x) {
 #endif
 }
 
+/* a b + c, rounded once where the processor can. Said and not left to the compiler, which may fuse
+   either of two products, and not the same one in every copy of a loop. */
+INLINE vec fused(vec a, vec b, vec c) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
+/* Whether any lane is set. */
+INLINE int some(ivec x) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
+#elif defined(__AVX__)
+    return !_mm256_testz_si256((__m256i)x, (__m256i)x);
+#else
+    int32_t any = 0;
+    for (int i = 0; i < LANES; i++) any |= x[i];
+    return any != 0;
+#endif
+}
+
 static int64_t round_up(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 /* Rows from one panel to the next, of weights and of units: an odd number, so that panels do not
    fall on the same lines of the cache (3 to 8 % at width 128). */
@@ -101,45 +131,66 @@ typedef struct {
 /* AdamW as optax has it, the bias corrections as two numbers. */
 INLINE void adam(float *w, float *m, float *v, vec g, Rates by, const int plain) {
     if (!plain) g *= by.scale;
-    vec first = BETA1 * load(m) + (1 - BETA1) * g;
-    vec second = BETA2 * load(v) + (1 - BETA2) * (g * g);
+    const vec first = fused(spread(BETA1), load(m), (1 - BETA1) * g);
+    const vec second = fused(spread(BETA2), load(v), (1 - BETA2) * (g * g));
     store(m, first);
     store(v, second);
     const vec before = load(w);
     vec step = by.size * first / (root_of(second * by.unbias) + EPSILON);
-    if (!plain) step += by.decay * before;
+    if (!plain) step = fused(spread(by.decay), before, step);
     store(w, before - step);
 }
 
 /* ---------------------------------------------------------------- tiles */
 
-/* sum[r] += numbers[r] x vectors over `count` terms; the numbers of a row lie in blocks of 16,
-   the blocks `block` floats apart, the rows 16 apart. */
-INLINE void sum_blocks(vec sum[TALL][PARTS], const int tall, const float *numbers, int64_t block,
-                       int64_t count, const float *vectors) {
-    for (int64_t start = 0; start < count; start += PANEL, numbers += block) {
-        const int64_t terms = smaller(PANEL, count - start);
-        UNROLL for (int r = 0; r < tall; r++) __builtin_prefetch(numbers + block + r * PANEL);
-        for (int64_t k = 0; k < terms; k++, vectors += PANEL) {
-            vec b[PARTS];
-            UNROLL for (int p = 0; p < PARTS; p++) b[p] = load(vectors + p * LANES);
-            UNROLL for (int r = 0; r < tall; r++) {
-                const vec a = spread(numbers[r * PANEL + k]);
-                UNROLL for (int p = 0; p < PARTS; p++) sum[r][p] += a * b[p];
-            }
+/* The units of a layer that are not zero for all of a batch. */
+typedef struct {
+    int64_t count, all;
+    int32_t *row;    /* [all]: where a unit lies in a panel of units; the idle ones at the end */
+    int32_t *weight; /* [count]: where its weights lie in the layer that it is an input of */
+} Live;
+
+/* sum[r] += numbers[r] x vectors over the live inputs of a layer; the numbers of a row are its
+   weights, the rows 16 apart. */
+INLINE void sum_inputs(vec sum[TALL][PARTS], const int tall, const float *numbers,
+                       const Live *live, const float *vectors) {
+    for (int64_t i = 0; i < live->count; i++) {
+        const float *at = vectors + live->row[i], *number = numbers + live->weight[i];
+        vec b[PARTS];
+        UNROLL for (int p = 0; p < PARTS; p++) b[p] = load(at + p * LANES);
+        UNROLL for (int r = 0; r < tall; r++) {
+            const vec a = spread(number[r * PANEL]);
+            UNROLL for (int p = 0; p < PARTS; p++) sum[r][p] += a * b[p];
         }
     }
 }
 
-/* The same where the numbers of row r begin at rows[r] and are 16 floats apart. */
-INLINE void sum_strided(vec sum[TALL][PARTS], const int tall, const float *const *rows,
-                        int64_t count, const float *vectors) {
-    for (int64_t j = 0; j < count; j++, vectors += PANEL) {
+/* The same over the live units of a layer; the numbers of row r begin at rows[r]. */
+INLINE void sum_units(vec sum[TALL][PARTS], const int tall, const float *const *rows,
+                      const Live *live, const float *vectors) {
+    for (int64_t i = 0; i < live->count; i++) {
+        const int64_t at = live->row[i];
         vec b[PARTS];
-        UNROLL for (int p = 0; p < PARTS; p++) b[p] = load(vectors + p * LANES);
+        UNROLL for (int p = 0; p < PARTS; p++) b[p] = load(vectors + at + p * LANES);
         UNROLL for (int r = 0; r < tall; r++) {
-            const vec a = spread(rows[r][j * PANEL]);
+            const vec a = spread(rows[r][at]);
             UNROLL for (int p = 0; p < PARTS; p++) sum[r][p] += a * b[p];
+        }
+    }
+}
+
+/* The same over a batch of `count` exposures, in panels `block` floats apart. */
+INLINE void sum_batch(vec sum[TALL][PARTS], const int tall, const float *const *rows,
+                      int64_t block, int64_t count, const float *vectors) {
+    for (int64_t start = 0, at = 0; start < count; start += PANEL, at += block) {
+        const int64_t terms = smaller(PANEL, count - start);
+        for (int64_t k = at; k < at + terms; k++, vectors += PANEL) {
+            vec b[PARTS];
+            UNROLL for (int p = 0; p < PARTS; p++) b[p] = load(vectors + p * LANES);
+            UNROLL for (int r = 0; r < tall; r++) {
+                const vec a = spread(rows[r][k]);
+                UNROLL for (int p = 0; p < PARTS; p++) sum[r][p] += a * b[p];
+            }
         }
     }
 }
@@ -177,14 +228,13 @@ typedef struct {
 } Layer;
 
 /* out = W in + bias (max 0 where `relu`), for one panel of the batch. */
-static void forward(const Layer *layer, const float *in, float *out, int relu) {
-    const int64_t block = weight_pitch(layer->units) * PANEL;
+static void forward(const Layer *layer, const Live *inputs, const float *in, float *out, int relu) {
 #define TILE(tall)                                                                       \
     {                                                                                    \
         vec sum[TALL][PARTS];                                                            \
         UNROLL for (int r = 0; r < tall; r++)                                            \
             UNROLL for (int p = 0; p < PARTS; p++) sum[r][p] = spread(layer->bias[from + r]); \
-        sum_blocks(sum, tall, layer->weight + from * PANEL, block, layer->inputs, in);   \
+        sum_inputs(sum, tall, layer->weight + from * PANEL, inputs, in);                 \
         UNROLL for (int r = 0; r < tall; r++) UNROLL for (int p = 0; p < PARTS; p++) {   \
             vec value = sum[r][p];                                                       \
             if (relu) value = (vec)((ivec)value & ~(value < 0));                         \
@@ -196,57 +246,70 @@ static void forward(const Layer *layer, const float *in, float *out, int relu) {
 }
 
 /* out = W^T in, zero where `units` is, for one panel of the batch. */
-static void backward(const Layer *layer, const float *in, const float *units, float *out) {
-    const int64_t block = weight_pitch(layer->units) * PANEL;
+static void backward(const Layer *layer, const Live *inputs, const Live *outputs, const float *in,
+                     const float *units, float *out) {
 #define TILE(tall)                                                                        \
     {                                                                                     \
         vec sum[TALL][PARTS];                                                             \
         const float *rows[TALL];                                                          \
         UNROLL for (int r = 0; r < tall; r++) {                                           \
-            rows[r] = layer->weight + (from + r) / PANEL * block + (from + r) % PANEL;    \
+            rows[r] = layer->weight + inputs->weight[from + r];                           \
             UNROLL for (int p = 0; p < PARTS; p++) sum[r][p] = spread(0);                 \
         }                                                                                 \
-        sum_strided(sum, tall, rows, layer->units, in);                                   \
+        sum_units(sum, tall, rows, outputs, in);                                          \
         UNROLL for (int r = 0; r < tall; r++) UNROLL for (int p = 0; p < PARTS; p++) {    \
-            const int64_t at = (from + r) * PANEL + p * LANES;                            \
+            const int64_t at = inputs->row[from + r] + p * LANES;                         \
             store(out + at, (vec)((ivec)sum[r][p] & (load(units + at) > 0)));             \
         }                                                                                 \
     }
-    BY_TILES(layer->inputs, TILE)
+    BY_TILES(inputs->count, TILE)
 #undef TILE
+    for (int64_t i = inputs->count; i < inputs->all; i++)
+        memset(out + inputs->row[i], 0, PANEL * sizeof(float));
 }
 
 #define UPDATE_TILE(tall, plain)                                                         \
     UNROLL for (int r = 0; r < tall; r++) UNROLL for (int p = 0; p < PARTS; p++) {       \
-        const int64_t at = first + r * PANEL + p * LANES;                                \
+        const int64_t at = corner + live->row[from + r] + p * LANES;                     \
         adam(layer->weight + at, layer->weight1 + at, layer->weight2 + at, sum[r][p], by, plain); \
     }
 
-/* Update the weights: gradient [K / 16][J][16] = sum over the batch of signal x units. */
-static void update(Layer *layer, const float *signal, int64_t stride, const float *units,
-                   int64_t rows, int64_t padded, Rates by) {
+/* Update the weights: gradient [K / 16][J][16] = sum over the batch of signal x units; it is zero
+   for idle units, whose moments fade. */
+static void update(Layer *layer, const Live *live, const float *signal, int64_t stride,
+                   const float *units, int64_t rows, int64_t padded, Rates by) {
     for (int64_t panel = 0; panel * PANEL < layer->inputs; panel++) {
         const float *column = units + panel * padded * PANEL;
         const int64_t corner = panel * weight_pitch(layer->units) * PANEL;
 #define TILE(tall)                                                                       \
     {                                                                                    \
         vec sum[TALL][PARTS];                                                            \
-        UNROLL for (int r = 0; r < tall; r++)                                            \
-            UNROLL for (int p = 0; p < PARTS; p++) sum[r][p] = spread(0);                \
-        const int64_t first = corner + from * PANEL;                                     \
+        const float *line[TALL];                                                         \
         UNROLL for (int r = 0; r < tall; r++) {                                          \
-            __builtin_prefetch(layer->weight1 + first + r * PANEL, 1);                   \
-            __builtin_prefetch(layer->weight2 + first + r * PANEL, 1);                   \
-            __builtin_prefetch(layer->weight + first + r * PANEL, 1);                    \
+            const int64_t row = live->row[from + r];                                     \
+            line[r] = signal + row;                                                      \
+            UNROLL for (int p = 0; p < PARTS; p++) sum[r][p] = spread(0);                \
+            __builtin_prefetch(layer->weight1 + corner + row, 1);                        \
+            __builtin_prefetch(layer->weight2 + corner + row, 1);                        \
+            __builtin_prefetch(layer->weight + corner + row, 1);                         \
         }                                                                                \
-        sum_blocks(sum, tall, signal + from * PANEL, stride, rows, column);              \
+        sum_batch(sum, tall, line, stride, rows, column);                                \
         if (by.plain)                                                                    \
             UPDATE_TILE(tall, 1)                                                         \
         else                                                                             \
             UPDATE_TILE(tall, 0)                                                         \
     }
-        BY_TILES(layer->units, TILE)
+        BY_TILES(live->count, TILE)
 #undef TILE
+        for (int64_t i = live->count; i < live->all; i++)
+            for (int p = 0; p < PARTS; p++) {
+                const int64_t at = corner + live->row[i] + p * LANES;
+                float *m = layer->weight1 + at, *v = layer->weight2 + at;
+                if (by.plain && !some(load(m) != 0)) /* faded: a step of 0 */
+                    store(v, BETA2 * load(v));
+                else
+                    adam(layer->weight + at, m, v, spread(0), by, 0);
+            }
     }
 }
 
@@ -300,21 +363,24 @@ static void update_bias(Layer *layer, const float *signal, int64_t stride, int64
 
 /* The sum of squares of the gradient that `update` and `update_bias` take: as numbers, tile by
    tile, nothing is written. */
-static double gradient_squares(const Layer *layer, const float *signal, int64_t stride,
-                               const float *units, int64_t rows, int64_t padded) {
+static double gradient_squares(const Layer *layer, const Live *live, const float *signal,
+                               int64_t stride, const float *units, int64_t rows, int64_t padded) {
     double squares = 0;
     for (int64_t panel = 0; panel * PANEL < layer->inputs; panel++) {
         const float *column = units + panel * padded * PANEL;
 #define TILE(tall)                                                                       \
     {                                                                                    \
         vec sum[TALL][PARTS];                                                            \
-        UNROLL for (int r = 0; r < tall; r++)                                            \
+        const float *line[TALL];                                                         \
+        UNROLL for (int r = 0; r < tall; r++) {                                          \
+            line[r] = signal + live->row[from + r];                                      \
             UNROLL for (int p = 0; p < PARTS; p++) sum[r][p] = spread(0);                \
-        sum_blocks(sum, tall, signal + from * PANEL, stride, rows, column);              \
+        }                                                                                \
+        sum_batch(sum, tall, line, stride, rows, column);                                \
         UNROLL for (int r = 0; r < tall; r++) UNROLL for (int p = 0; p < PARTS; p++)     \
             for (int i = 0; i < LANES; i++) squares += (double)sum[r][p][i] * (double)sum[r][p][i]; \
     }
-        BY_TILES(layer->units, TILE)
+        BY_TILES(live->count, TILE)
 #undef TILE
     }
     for (int64_t unit = 0; unit < layer->units; unit++) {
@@ -403,6 +469,7 @@ typedef struct {
     float **units;              /* by layer: its inputs in panels */
     float *rows, *turned;       /* the model's inputs, and a layer's, as the gradient wants them */
     float *signal[2], *output;
+    Live *live;     /* by layer: its inputs; and the model's outputs */
     int64_t panels; /* of the batch, at most */
 } Scratch;
 
@@ -452,6 +519,25 @@ static void take_rows(const float *x, int64_t inputs, const int32_t *order, int6
     }
 }
 
+/* Find which units of a layer are not zero for all of a batch; what is no number is not. `pitch`:
+   of the weights that they are the inputs of. */
+static void find_live(Live *live, const float *units, int64_t panels, int64_t pitch) {
+    const int64_t high = unit_pitch(live->all) * PANEL;
+    int64_t count = 0, idle = live->all;
+    for (int64_t unit = 0; unit < live->all; unit++) {
+        const float *at = units + unit * PANEL;
+        ivec any = {0};
+        for (int64_t panel = 0; panel < panels; panel++, at += high)
+            UNROLL for (int p = 0; p < PARTS; p++) any |= load(at + p * LANES) != 0;
+        const int lives = some(any);
+        live->row[lives ? count : idle - 1] = (int32_t)(unit * PANEL);
+        live->weight[count] = (int32_t)(unit / PANEL * pitch * PANEL + unit % PANEL);
+        count += lives;
+        idle -= !lives;
+    }
+    live->count = count;
+}
+
 /* Run the layers on what stands in units[0]. */
 static void run_forward(const Training *t, Scratch *s, int64_t panels) {
     for (int64_t layer = 0; layer <= t->depth; layer++) {
@@ -459,7 +545,9 @@ static void run_forward(const Training *t, Scratch *s, int64_t panels) {
         const int64_t in = unit_pitch(l->inputs) * PANEL, out = unit_pitch(l->units) * PANEL;
         float *to = layer == t->depth ? s->output : s->units[layer + 1];
         for (int64_t panel = 0; panel < panels; panel++)
-            forward(l, s->units[layer] + panel * in, to + panel * out, layer < t->depth);
+            forward(l, s->live + layer, s->units[layer] + panel * in, to + panel * out, layer < t->depth);
+        if (layer < t->depth)
+            find_live(s->live + layer + 1, to, panels, weight_pitch(s->layers[layer + 1].units));
     }
 }
 
@@ -535,13 +623,13 @@ static double backpropagate(const Training *t, Scratch *s, int64_t count, const 
         const int64_t in = unit_pitch(l->inputs) * PANEL, out = unit_pitch(l->units) * PANEL;
         if (layer > 0)
             for (int64_t panel = 0; panel < panels; panel++)
-                backward(l, signal + panel * out, s->units[layer] + panel * in, next + panel * in);
+                backward(l, s->live + layer, s->live + layer + 1, signal + panel * out, s->units[layer] + panel * in, next + panel * in);
         const float *columns = turn(s, layer, l->inputs, panels);
         if (by) {
-            update(l, signal, out, columns, count, padded, *by);
+            update(l, s->live + layer + 1, signal, out, columns, count, padded, *by);
             update_bias(l, signal, out, panels, *by);
         } else
-            squares += gradient_squares(l, signal, out, columns, count, padded);
+            squares += gradient_squares(l, s->live + layer + 1, signal, out, columns, count, padded);
         float *swap = signal;
         signal = next, next = swap;
     }
@@ -677,8 +765,10 @@ int64_t train(Training *t) {
     float *memory = NULL;
     Layer *shapes = calloc((size_t)layers, sizeof *shapes);
     float **places = calloc((size_t)layers, sizeof *places);
-    if (!shapes || !places || posix_memalign((void **)&memory, 64, (size_t)floats * sizeof(float))) {
-        free(shapes), free(places);
+    Live *live = calloc((size_t)layers + 1, sizeof *live);
+    floats += 2 * (layers + 1) * round_up(larger(t->width, larger(t->inputs, t->outputs)));
+    if (!shapes || !places || !live || posix_memalign((void **)&memory, 64, (size_t)floats * sizeof(float))) {
+        free(shapes), free(places), free(live);
         return -1;
     }
     memset(memory, 0, (size_t)floats * sizeof(float));
@@ -692,10 +782,22 @@ int64_t train(Training *t) {
     Scratch s = {shapes, places, piece(&next, round_up(t->inputs) * (lanes + 1)),
                  piece(&next, round_up(t->width) * (lanes + 1)),
                  {piece(&next, high * lanes), piece(&next, high * lanes)},
-                 piece(&next, high * lanes), lanes / PANEL};
+                 piece(&next, high * lanes), live, lanes / PANEL};
     for (int64_t layer = 0; layer < layers; layer++)
         s.units[layer] = piece(&next, unit_pitch(layer_inputs(t, layer)) * lanes);
     lay_out(t, &s, own[0], own[1], own[2]);
+    for (int64_t layer = 0; layer <= layers; layer++) {
+        Live *l = live + layer;
+        l->all = l->count = layer < layers ? layer_inputs(t, layer) : t->outputs;
+        l->row = (int32_t *)piece(&next, l->all);
+        l->weight = (int32_t *)piece(&next, l->all);
+        /* Of the model's own inputs and outputs none is ever idle. */
+        const int64_t pitch = layer < layers ? weight_pitch(layer_units(t, layer)) : 0;
+        for (int64_t unit = 0; unit < l->all; unit++) {
+            l->row[unit] = (int32_t)(unit * PANEL);
+            l->weight[unit] = (int32_t)(unit / PANEL * pitch * PANEL + unit % PANEL);
+        }
+    }
     uint32_t *work = (uint32_t *)piece(&next, 3 * t->rows);
     int32_t *order = (int32_t *)piece(&next, t->rows);
     t->weights = own[0], t->best = own[3];
@@ -708,6 +810,6 @@ int64_t train(Training *t) {
     restore_small_numbers(before);
     t->weights = given[0], t->best = given[3];
     for (int i = 0; i < 4; i++) memcpy(given[i], own[i], (size_t)weights * sizeof(float));
-    free(memory), free(shapes), free(places);
+    free(memory), free(shapes), free(places), free(live);
     return done;
 }
