@@ -146,21 +146,26 @@ INLINE void adam(float *w, float *m, float *v, vec g, Rates by, const int plain)
 /* The units of a layer that are not zero for all of a batch. */
 typedef struct {
     int64_t count, all;
-    int32_t *row;    /* [all]: where a unit lies in a panel of units; the idle ones at the end */
-    int32_t *weight; /* [count]: where its weights lie in the layer that it is an input of */
+    int64_t *row;    /* [all]: where a unit lies in a panel of units; the idle ones at the end */
+    int64_t *weight; /* [count]: where its weights lie in the layer that it is an input of */
 } Live;
 
 /* sum[r] += numbers[r] x vectors over the live inputs of a layer; the numbers of a row are its
    weights, the rows 16 apart. */
 INLINE void sum_inputs(vec sum[TALL][PARTS], const int tall, const float *numbers,
                        const Live *live, const float *vectors) {
-    for (int64_t i = 0; i < live->count; i++) {
-        const float *at = vectors + live->row[i], *number = numbers + live->weight[i];
-        vec b[PARTS];
-        UNROLL for (int p = 0; p < PARTS; p++) b[p] = load(at + p * LANES);
-        UNROLL for (int r = 0; r < tall; r++) {
-            const vec a = spread(number[r * PANEL]);
-            UNROLL for (int p = 0; p < PARTS; p++) sum[r][p] += a * b[p];
+    for (int64_t start = 0; start < live->count; start += PANEL) {
+        const int64_t end = smaller(start + PANEL, live->count);
+        const float *ahead = numbers + live->weight[smaller(end, live->count - 1)] / PANEL * PANEL;
+        UNROLL for (int r = 0; r < tall; r++) __builtin_prefetch(ahead + r * PANEL);
+        for (int64_t i = start; i < end; i++) {
+            const float *at = vectors + live->row[i], *number = numbers + live->weight[i];
+            vec b[PARTS];
+            UNROLL for (int p = 0; p < PARTS; p++) b[p] = load(at + p * LANES);
+            UNROLL for (int r = 0; r < tall; r++) {
+                const vec a = spread(number[r * PANEL]);
+                UNROLL for (int p = 0; p < PARTS; p++) sum[r][p] += a * b[p];
+            }
         }
     }
 }
@@ -519,6 +524,10 @@ static void take_rows(const float *x, int64_t inputs, const int32_t *order, int6
     }
 }
 
+/* Terms a batch row spends on a unit (its own sum, its part in the next layer's and in their
+   gradients) from which on it pays to see whether it is idle. */
+#define WORTH 96
+
 /* Find which units of a layer are not zero for all of a batch; what is no number is not. `pitch`:
    of the weights that they are the inputs of. */
 static void find_live(Live *live, const float *units, int64_t panels, int64_t pitch) {
@@ -530,8 +539,8 @@ static void find_live(Live *live, const float *units, int64_t panels, int64_t pi
         for (int64_t panel = 0; panel < panels; panel++, at += high)
             UNROLL for (int p = 0; p < PARTS; p++) any |= load(at + p * LANES) != 0;
         const int lives = some(any);
-        live->row[lives ? count : idle - 1] = (int32_t)(unit * PANEL);
-        live->weight[count] = (int32_t)(unit / PANEL * pitch * PANEL + unit % PANEL);
+        live->row[lives ? count : idle - 1] = unit * PANEL;
+        live->weight[count] = unit / PANEL * pitch * PANEL + unit % PANEL;
         count += lives;
         idle -= !lives;
     }
@@ -546,8 +555,8 @@ static void run_forward(const Training *t, Scratch *s, int64_t panels) {
         float *to = layer == t->depth ? s->output : s->units[layer + 1];
         for (int64_t panel = 0; panel < panels; panel++)
             forward(l, s->live + layer, s->units[layer] + panel * in, to + panel * out, layer < t->depth);
-        if (layer < t->depth)
-            find_live(s->live + layer + 1, to, panels, weight_pitch(s->layers[layer + 1].units));
+        if (layer < t->depth && l->inputs + 2 * l[1].units >= WORTH)
+            find_live(s->live + layer + 1, to, panels, weight_pitch(l[1].units));
     }
 }
 
@@ -766,7 +775,7 @@ int64_t train(Training *t) {
     Layer *shapes = calloc((size_t)layers, sizeof *shapes);
     float **places = calloc((size_t)layers, sizeof *places);
     Live *live = calloc((size_t)layers + 1, sizeof *live);
-    floats += 2 * (layers + 1) * round_up(larger(t->width, larger(t->inputs, t->outputs)));
+    floats += 4 * (layers + 1) * round_up(larger(t->width, larger(t->inputs, t->outputs)));
     if (!shapes || !places || !live || posix_memalign((void **)&memory, 64, (size_t)floats * sizeof(float))) {
         free(shapes), free(places), free(live);
         return -1;
@@ -789,13 +798,13 @@ int64_t train(Training *t) {
     for (int64_t layer = 0; layer <= layers; layer++) {
         Live *l = live + layer;
         l->all = l->count = layer < layers ? layer_inputs(t, layer) : t->outputs;
-        l->row = (int32_t *)piece(&next, l->all);
-        l->weight = (int32_t *)piece(&next, l->all);
+        l->row = (int64_t *)piece(&next, 2 * l->all);
+        l->weight = (int64_t *)piece(&next, 2 * l->all);
         /* Of the model's own inputs and outputs none is ever idle. */
         const int64_t pitch = layer < layers ? weight_pitch(layer_units(t, layer)) : 0;
         for (int64_t unit = 0; unit < l->all; unit++) {
-            l->row[unit] = (int32_t)(unit * PANEL);
-            l->weight[unit] = (int32_t)(unit / PANEL * pitch * PANEL + unit % PANEL);
+            l->row[unit] = unit * PANEL;
+            l->weight[unit] = unit / PANEL * pitch * PANEL + unit % PANEL;
         }
     }
     uint32_t *work = (uint32_t *)piece(&next, 3 * t->rows);
