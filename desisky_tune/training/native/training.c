@@ -537,7 +537,7 @@ static void find_live(Live *live, const float *units, int64_t panels, int64_t pi
         const float *at = units + unit * PANEL;
         ivec any = {0};
         for (int64_t panel = 0; panel < panels; panel++, at += high)
-            UNROLL for (int p = 0; p < PARTS; p++) any |= load(at + p * LANES) != 0;
+            UNROLL for (int p = 0; p < PARTS; p++) any |= (ivec)load(at + p * LANES);
         const int lives = some(any);
         live->row[lives ? count : idle - 1] = unit * PANEL;
         live->weight[count] = unit / PANEL * pitch * PANEL + unit % PANEL;
