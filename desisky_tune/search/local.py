@@ -42,6 +42,7 @@ from desisky_tune.search.trial_files import (
 )
 
 if TYPE_CHECKING:
+    from desisky_tune.search.patience import StorageWatch
     from desisky_tune.search.pretraining import Pretraining
     from desisky_tune.search.sections import TrainingSpec
     from desisky_tune.search.storage import RunMirror
@@ -112,6 +113,8 @@ class LocalBackend:
         Where a run on a URL has its files: each is put there, and fetched when it is wanted.
     pretraining
         What trainings begin with; None where their weights are drawn.
+    storage
+        Told where the trials' files cannot be written, and when they can again.
 
     Attributes
     ----------
@@ -128,9 +131,10 @@ class LocalBackend:
         mirror: RunMirror | None = None,
         *,
         pretraining: Pretraining | None = None,
+        storage: StorageWatch | None = None,
     ) -> None:
         self._training = training
-        self._files = TrialFiles(folder, mirror)
+        self._files = TrialFiles(folder, mirror, storage)
         self._header = dict(header or {})
         self._features = arrays.features
         self._rows = arrays
@@ -139,7 +143,7 @@ class LocalBackend:
         self._compiled: WeakKeyDictionary[Any, dict[Any, _Compiled]] = WeakKeyDictionary()
         self._lock = threading.Lock()
         self.meter = Meter()
-        self._start = PretrainedWeights(pretraining, self.meter)
+        self._start = PretrainedWeights(pretraining, self.meter, storage)
 
     def advance(self, trial: Assignment, epochs: int) -> Progress:
         """Train on to `epochs` epochs in total; the state is on disk when this returns."""
