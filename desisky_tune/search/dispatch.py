@@ -138,6 +138,7 @@ class Dispatcher(Roster, Verdicts):
             while True:
                 home = self._homes.get(number)
                 if home is not None and self._engines[home].lost is None:
+                    self._engines[home].trials.add(number)
                     return home, self._engines[home].handle
                 if self._engines and all(engine.lost is not None for engine in self._engines):
                     raise EngineError(f"no engine is left to train on: {self._engines[0].lost}")
@@ -154,6 +155,18 @@ class Dispatcher(Roster, Verdicts):
                     self._engines[home].trials.add(number)
                     return home, self._engines[home].handle
                 await self._changed.wait()
+
+    async def interrupted(self, number: int) -> None:
+        """Hear that the process of a trial has died, and will be started again.
+
+        Its engine remains its own, but until then it takes up no room there: where a node was
+        lost, those that wait for this room may hold what the new process waits for.
+        """
+        async with self._changed:
+            home = self._homes.get(number)
+            if home is not None:
+                self._engines[home].trials.discard(number)
+                self._changed.notify_all()
 
     async def lost(self, at: int, why: str) -> None:
         """Hear that an engine is dead and will not be started again."""

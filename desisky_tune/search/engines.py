@@ -363,6 +363,10 @@ class EngineWatch(Callback):
         """End the lease of a trial that ended or was stopped."""
         self._end(trial, well=(trial.last_result or {}).get("reason") is None)
 
+    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """Give away the room of a trial whose process died, until it has another one."""
+        self._dispatcher.interrupted.remote(int(trial.config["trial"]))
+
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """End the lease of a trial whose process died once too often."""
         self._end(trial)
