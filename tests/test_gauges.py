@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from desisky_tune.cli.progress import search_progress
-from desisky_tune.search.events import Event, Note, SearchStarted, TrialFinished, TrialReported
+from desisky_tune.search.events import (
+    Event,
+    Note,
+    SearchStarted,
+    StorageChanged,
+    TrialFinished,
+    TrialReported,
+)
 from desisky_tune.search.gauges import measured
 from desisky_tune.search.records import TrialRecord, finish
 
@@ -56,6 +63,7 @@ def test_prometheus_has_the_trials_by_state_and_the_best_objective(ray_instance:
         best = record(2, 0.25)
         emit(TrialReported(3, 3, 0.4))
         emit(TrialFinished(best, 3, 12, best))
+        emit(StorageChanged("storage fails", failing=True))
         expected = {
             "ray_desisky_tune_trials COMPLETE": 2.0,
             "ray_desisky_tune_trials PRUNED": 0.0,
@@ -64,12 +72,13 @@ def test_prometheus_has_the_trials_by_state_and_the_best_objective(ray_instance:
             "ray_desisky_tune_trials_done": 3.0,
             "ray_desisky_tune_trials_total": 12.0,
             "ray_desisky_tune_best_objective": 0.25,
+            "ray_desisky_tune_storage_failing": 1.0,
         }
         deadline = time.monotonic() + 60
         while (found := scrape(ray_instance)) != expected:
             assert time.monotonic() < deadline, found
             time.sleep(1.0)
-    assert len(passed_on) == 2
+    assert len(passed_on) == 3
 
 
 def test_without_a_terminal_an_event_is_one_line_without_control_characters(
@@ -80,9 +89,10 @@ def test_without_a_terminal_an_event_is_one_line_without_control_characters(
         emit(Note("a reason\x1b[31m with\tcontrols\r\nand a second line"))
         emit(TrialReported(3, 3, 0.4))
         emit(TrialFinished(record(2, 0.25), 1, 12, None))
+        emit(StorageChanged("storage is back\r\nafter 3 s", failing=False))
     out, err = capsys.readouterr()
     assert out == ""
     lines = err.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert err.endswith("\n")
     assert all(character.isprintable() for line in lines for character in line)

@@ -21,6 +21,7 @@ from desisky_tune.search.events import (
     Note,
     SearchFinished,
     SearchStarted,
+    StorageChanged,
     TrialFinished,
     TrialReported,
 )
@@ -207,7 +208,7 @@ def event_lines(event: Event, tally: Tally) -> list[str]:
         return [_finished_line(event, tally)]
     if isinstance(event, EnginesReported):
         return [f"engines: {tally.engines_text()}"]
-    if isinstance(event, Note):
+    if isinstance(event, Note | StorageChanged):
         return [f"note: {one_line(event.text)}"]
     assert isinstance(event, SearchFinished)
     states = ", ".join(f"{count} {state}" for state, count in event.states.items() if count)

@@ -7,12 +7,14 @@ begin; how they are trained it never sees.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from desisky_tune.errors import EngineError
 from desisky_tune.search.figures import EngineFigures, added
+from desisky_tune.search.outages import Attempt
 from desisky_tune.search.verdicts import Verdicts
 
 #: Trials that fail at one engine, none ending well between them, until it is left out.
@@ -102,6 +104,7 @@ class Dispatcher(Roster, Verdicts):
         #: Engines at which a trial has failed.
         self._tried: dict[int, set[int]] = {}
         self._news: list[str] = []
+        self._attempts: list[Attempt] = []
         self._changed = asyncio.Condition()
         self._processes: set[str] = set()
         self._watches: list[asyncio.Task[None]] = []
@@ -135,6 +138,7 @@ class Dispatcher(Roster, Verdicts):
             while True:
                 home = self._homes.get(number)
                 if home is not None and self._engines[home].lost is None:
+                    self._engines[home].trials.add(number)
                     return home, self._engines[home].handle
                 if self._engines and all(engine.lost is not None for engine in self._engines):
                     raise EngineError(f"no engine is left to train on: {self._engines[0].lost}")
@@ -151,6 +155,18 @@ class Dispatcher(Roster, Verdicts):
                     self._engines[home].trials.add(number)
                     return home, self._engines[home].handle
                 await self._changed.wait()
+
+    async def interrupted(self, number: int) -> None:
+        """Hear that the process of a trial has died, and will be started again.
+
+        Its engine remains its own, but until then it takes up no room there: where a node was
+        lost, those that wait for this room may hold what the new process waits for.
+        """
+        async with self._changed:
+            home = self._homes.get(number)
+            if home is not None:
+                self._engines[home].trials.discard(number)
+                self._changed.notify_all()
 
     async def lost(self, at: int, why: str) -> None:
         """Hear that an engine is dead and will not be started again."""
@@ -193,10 +209,21 @@ class Dispatcher(Roster, Verdicts):
             self._changed.notify_all()
             return True
 
-    async def news(self) -> tuple[list[EngineFigures], list[str]]:
-        """Return the engines' figures, and what a person should know since the last time."""
+    async def tried_storage(self, why: str | None) -> None:
+        """Hear from an engine that storage fails, or (None) that it works again."""
+        # By the clock of this machine, which is the driver's.
+        self._attempts.append((time.time(), why))
+
+    async def news(self) -> tuple[list[EngineFigures], list[str], list[Attempt]]:
+        """Return the engines' figures, and what there is new since the last time.
+
+        That is what a person should know, and the attempts at storage that failed, or
+        succeeded after that.
+        """
+        figures = await self.figures()
         said, self._news = self._news, []
-        return await self.figures(), said
+        attempts, self._attempts = self._attempts, []
+        return figures, said, attempts
 
     async def ended(self, number: int, *, well: bool = False) -> None:
         """Hear that a trial is over (`well`: with a figure): its engine keeps its weights.

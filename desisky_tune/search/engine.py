@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from desisky_tune.search.backend import Assignment, Backend, Progress, stopped_by
 from desisky_tune.search.figures import EngineFigures, Meter
+from desisky_tune.search.outages import EngineStorage
 
 if TYPE_CHECKING:
     from desisky_tune.search.arrays import SearchArrays
+    from desisky_tune.search.patience import StorageWatch
     from desisky_tune.search.pretraining import Pretraining
     from desisky_tune.search.sections import TrainingSpec
     from desisky_tune.search.storage import RunMirror
@@ -83,8 +85,16 @@ class Rows:
         return found
 
 
-def make_backend(device: Device, slots: int, work: Work, arrays: SearchArrays) -> Backend:
+def make_backend(
+    device: Device,
+    slots: int,
+    work: Work,
+    arrays: SearchArrays,
+    storage: StorageWatch | None = None,
+) -> Backend:
     """Return what trains on a device. Nothing else decides it.
+
+    `storage` is told where the files of the trials cannot be written, and when they can again.
 
     `Backend.advance` is called by as many threads at a time as the engine has slots, or as the
     backend has `room` for: one that lets only some of them train at a time does the rest of its
@@ -103,6 +113,7 @@ def make_backend(device: Device, slots: int, work: Work, arrays: SearchArrays) -
             slots=work.slots,
             expected=work.trainings,
             pretraining=work.pretraining,
+            storage=storage,
         )
     from desisky_tune.search.local import LocalBackend
 
@@ -114,6 +125,7 @@ def make_backend(device: Device, slots: int, work: Work, arrays: SearchArrays) -
         work.mirror,
         lanes=slots,
         pretraining=work.pretraining,
+        storage=storage,
     )
 
 
@@ -197,7 +209,8 @@ class Engine:
             desk: Any = ray.get_actor(dispatcher)
             desk.started.remote(f"{name}:{os.getpid()}")
             if backend is None:
-                backend = make_backend(device, slots, *ray.get(desk.rows.remote()).get())
+                work, arrays = ray.get(desk.rows.remote()).get()
+                backend = make_backend(device, slots, work, arrays, EngineStorage(desk))
         assert backend is not None
         self._name = name
         self._slots = slots

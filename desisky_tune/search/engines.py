@@ -18,6 +18,7 @@ from desisky_tune.search.engine import Device, Engine, Rows, Work
 from desisky_tune.search.events import EnginesReported, EventSink, Note
 from desisky_tune.search.figures import EngineFigures, SessionFigures, added
 from desisky_tune.search.local import process_environment
+from desisky_tune.search.outages import Outages
 
 if TYPE_CHECKING:
     from desisky_tune.search.arrays import SearchArrays
@@ -273,11 +274,15 @@ class RunningEngines:
         ordering.judged_by(self.dispatcher.judge.remote)
         scheduler.rest = self.dispatcher.rest.remote
 
-    def close(self, trials: int, patience: float = CLOSING_PATIENCE) -> SessionFigures:
+    def close(
+        self, watch: EngineWatch, trials: int, patience: float = CLOSING_PATIENCE
+    ) -> SessionFigures:
         """Let the engines keep what they still hold, and return what they did.
 
         Parameters
         ----------
+        watch
+            Passes on what there is new meanwhile.
         trials
             That ended in the session.
         patience
@@ -286,9 +291,13 @@ class RunningEngines:
         figures: list[EngineFigures] = []
         processes: dict[str, int] = {}
         with suppress(self._ray.exceptions.RayError):
-            for question in (self.dispatcher.figures, self.dispatcher.drain):
-                answer = self._ray.get(question.remote(), timeout=patience)
-                figures = answer or figures
+            figures = self._ray.get(self.dispatcher.figures.remote(), timeout=patience)
+            drained, deadline = self.dispatcher.drain.remote(), time.monotonic() + patience
+            while not self._ray.wait([drained], timeout=FIGURES_PERIOD)[0]:
+                watch.look()
+                if time.monotonic() > deadline:
+                    break
+            watch.look()
             processes = self._ray.get(self.dispatcher.processes.remote(), timeout=patience)
         return SessionFigures(tuple(figures), processes, trials)
 
@@ -334,12 +343,15 @@ class EngineWatch(Callback):
         Handle of the dispatcher.
     emit
         Told the engines' figures from time to time.
+    outages
+        Told how the engines' writing to storage fares.
     """
 
-    def __init__(self, ray: Any, dispatcher: Any, emit: EventSink) -> None:
+    def __init__(self, ray: Any, dispatcher: Any, emit: EventSink, outages: Outages) -> None:
         self._ray = ray
         self._dispatcher = dispatcher
         self._emit = emit
+        self._outages = outages
         self._asked: Any = None
         self._next = 0.0
 
@@ -350,6 +362,10 @@ class EngineWatch(Callback):
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """End the lease of a trial that ended or was stopped."""
         self._end(trial, well=(trial.last_result or {}).get("reason") is None)
+
+    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """Give away the room of a trial whose process died, until it has another one."""
+        self._dispatcher.interrupted.remote(int(trial.config["trial"]))
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """End the lease of a trial whose process died once too often."""
@@ -363,10 +379,16 @@ class EngineWatch(Callback):
             return
         if not self._ray.wait([self._asked], timeout=0)[0]:
             return
+        self.look()
+
+    def look(self) -> None:
+        """Pass on what has come, or ask for it; wait for the answer."""
         with suppress(self._ray.exceptions.RayError):
-            figures, said = self._ray.get(self._asked)
+            asked = self._asked or self._dispatcher.news.remote()
+            figures, said, attempts = self._ray.get(asked, timeout=LEAVING_PATIENCE)
             for text in said:
                 self._emit(Note(text))
+            self._outages.heard(attempts)
             if figures:
                 self._emit(EnginesReported(added(figures), tuple(figures)))
         self._asked, self._next = None, time.monotonic() + FIGURES_PERIOD

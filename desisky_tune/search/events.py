@@ -87,6 +87,14 @@ class Note:
 
 
 @dataclass(frozen=True)
+class StorageChanged:
+    """The run's storage begins to fail, or is back; `text` says so in one line."""
+
+    text: str
+    failing: bool
+
+
+@dataclass(frozen=True)
 class SearchFinished:
     """The winner is written and measured."""
 
@@ -103,6 +111,7 @@ Event = (
     | TrialFinished
     | EnginesReported
     | Note
+    | StorageChanged
     | SearchFinished
 )
 EventSink = Callable[[Event], None]

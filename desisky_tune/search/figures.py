@@ -194,17 +194,21 @@ class SessionFigures:
         Processes that were started, by kind: ``engines``, ``trials``, ``dispatcher``.
     trials
         Trials that ended in the session.
+    outages
+        Outages of storage that ended in the session or just before it, and their time (s).
     """
 
     engines: tuple[EngineFigures, ...]
     processes: Mapping[str, int]
     trials: int
+    outages: tuple[int, float] = (0, 0.0)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures as JSON-able values."""
         return {
             "trials": self.trials,
             "processes": dict(self.processes),
+            "storage": {"outages": self.outages[0], "seconds": round(self.outages[1], 3)},
             "all": added(self.engines).as_dict(),
             "engines": [each.as_dict() for each in self.engines],
         }

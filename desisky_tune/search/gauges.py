@@ -7,6 +7,7 @@ Ray serves them at each node's Prometheus port with ``ray_`` before their names:
     ray_desisky_tune_trials_done{run="deep"}                  trials with a record
     ray_desisky_tune_trials_total{run="deep"}                 trials in all
     ray_desisky_tune_best_objective{run="deep"}               lowest RMSE so far (mag)
+    ray_desisky_tune_storage_failing{run="deep"}              1 while the run's storage fails
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from desisky_tune.search.events import Event, EventSink, TrialFinished, TrialReported
+from desisky_tune.search.events import (
+    Event,
+    EventSink,
+    StorageChanged,
+    TrialFinished,
+    TrialReported,
+)
 from desisky_tune.search.records import STATES, TrialRecord, best_record
 
 #: Ray drops a gauge that nobody has set for 20 s.
@@ -43,6 +50,7 @@ class SearchGauges:
         self._states = dict.fromkeys(STATES, 0)
         self._running: set[int] = set()
         self._best: float | None = None
+        self._failing = False
         self._total = total
         known = list(records)
         for record in known:
@@ -60,6 +68,7 @@ class SearchGauges:
                 ("trials_done", "Trials with a record"),
                 ("trials_total", "Trials of the whole search"),
                 ("best_objective", "Lowest validation RMSE of a complete trial (mag)"),
+                ("storage_failing", "1 while the run's storage fails, else 0"),
             )
         }
         for gauge in (self._by_state, *self._plain.values()):
@@ -74,6 +83,8 @@ class SearchGauges:
                 self._running.discard(event.record.number)
                 self._states[event.record.state] += 1
                 self._best = None if event.best is None else event.best.objective
+            elif isinstance(event, StorageChanged):
+                self._failing = event.failing
             else:
                 return
         self.refresh()
@@ -88,6 +99,7 @@ class SearchGauges:
                 "trials_done": sum(self._states.values()),
                 "trials_total": self._total,
                 "best_objective": self._best,
+                "storage_failing": int(self._failing),
             }
             for name, value in values.items():
                 if value is not None:

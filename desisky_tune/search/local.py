@@ -43,6 +43,7 @@ from desisky_tune.search.trial_files import (
 )
 
 if TYPE_CHECKING:
+    from desisky_tune.search.patience import StorageWatch
     from desisky_tune.search.pretraining import Pretraining
     from desisky_tune.search.sections import TrainingSpec
     from desisky_tune.search.storage import RunMirror
@@ -120,6 +121,8 @@ class LocalBackend:
         How many of the calling threads train at a time: the cores that they have. None for all.
     pretraining
         What trainings begin with; None where their weights are drawn.
+    storage
+        Told where the trials' files cannot be written, and when they can again.
 
     Attributes
     ----------
@@ -139,9 +142,10 @@ class LocalBackend:
         *,
         lanes: int | None = None,
         pretraining: Pretraining | None = None,
+        storage: StorageWatch | None = None,
     ) -> None:
         self._training = training
-        self._files = TrialFiles(folder, mirror)
+        self._files = TrialFiles(folder, mirror, storage)
         self._header = dict(header or {})
         self._features = arrays.features
         self._rows = arrays
@@ -152,7 +156,7 @@ class LocalBackend:
         self._places = nullcontext() if lanes is None else threading.BoundedSemaphore(lanes)
         self.room = BESIDE + (lanes or 1)
         self.meter = Meter(lanes or 1)
-        self._start = PretrainedWeights(pretraining, self.meter)
+        self._start = PretrainedWeights(pretraining, self.meter, storage)
 
     def advance(self, trial: Assignment, epochs: int) -> Progress:
         """Train on to `epochs` epochs in total; the state is on disk when this returns."""

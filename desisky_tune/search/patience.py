@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from desisky_tune.errors import StorageError
 from desisky_tune.files import atomic_open
@@ -30,10 +30,22 @@ _LONGEST_PAUSE = 30.0
 _SLICE = 0.5
 
 
+class StorageWatch(Protocol):
+    """Hears how storage fares, from whoever writes or reads patiently."""
+
+    def failed(self, why: str) -> None:
+        """Hear of an attempt that failed."""
+        ...
+
+    def worked(self) -> None:
+        """Hear of an attempt that succeeded where the one before had failed."""
+        ...
+
+
 def patiently(
     action: Callable[[], Result],
     *,
-    tell: Callable[[str], None] | None = None,
+    watch: StorageWatch | None = None,
     give_up: Callable[[], bool] | None = None,
     limit: float | None = None,
 ) -> Result:
@@ -43,8 +55,8 @@ def patiently(
     ----------
     action
         Leaves nothing half-done when it raises.
-    tell
-        Told in a line when storage fails first, and when it is back.
+    watch
+        Told of each attempt that fails, and of one that succeeds after such.
     give_up
         Asked in every pause whether to wait no longer.
     limit
@@ -56,22 +68,22 @@ def patiently(
         What the last attempt raised.
     """
     limit = PATIENCE_SECONDS if limit is None else limit
-    began, pause, told = time.monotonic(), _FIRST_PAUSE, False
+    began, pause, failed = time.monotonic(), _FIRST_PAUSE, False
     while True:
         try:
             result = action()
         except OSError as fault:
+            failed = True
+            if watch is not None:
+                watch.failed(str(fault))
             left = began + limit - time.monotonic()
             if left <= 0 or (give_up is not None and give_up()):
                 raise
-            if tell is not None and not told:
-                tell(f"storage fails: {fault}; trying again for up to {limit:g} s")
-                told = True
             _sleep(min(pause, left), give_up)
             pause = min(2 * pause, _LONGEST_PAUSE)
             continue
-        if tell is not None and told:
-            tell(f"storage is back after {time.monotonic() - began:.0f} s")
+        if watch is not None and failed:
+            watch.worked()
         return result
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from desisky_tune.files import atomic_path, first_path
 from desisky_tune.search.arrays import SearchArrays
 from desisky_tune.search.given_weights import GivenWeights, read_given
 from desisky_tune.search.hyperparameters import in_full, is_documented_default
-from desisky_tune.search.patience import TRIAL_PATIENCE, patiently
+from desisky_tune.search.patience import TRIAL_PATIENCE, Result, StorageWatch, patiently
 from desisky_tune.search.space import PretrainSpec, SearchSpec
 
 if TYPE_CHECKING:
@@ -211,11 +211,19 @@ class PretrainedWeights:
         From `open_pretraining`; None where all weights are drawn.
     meter
         Told the time that pretraining takes: once a shape and seed, as a compile.
+    watch
+        Told where storage fails, and when it is back.
     """
 
-    def __init__(self, pretraining: Pretraining | None, meter: Meter | None = None) -> None:
+    def __init__(
+        self,
+        pretraining: Pretraining | None,
+        meter: Meter | None = None,
+        watch: StorageWatch | None = None,
+    ) -> None:
         self._plan = pretraining
         self._meter = meter
+        self._watch = watch
         self._shapes: dict[tuple[int, int], threading.Lock] = {}
         self._lock = threading.Lock()
 
@@ -274,17 +282,17 @@ class PretrainedWeights:
             try:
                 return self._read(path)
             except CheckpointError:
-                patiently(functools.partial(path.unlink, missing_ok=True), limit=TRIAL_PATIENCE)
+                self._patiently(functools.partial(path.unlink, missing_ok=True))
             except FileNotFoundError:
                 pass
-            write = functools.partial(_pretrain, plan, width, depth, seed, path)
+            write = functools.partial(_pretrain, plan, width, depth, seed, path, self._watch)
             if self._meter is None:
                 write()
             else:
                 with self._meter.spending("compiling"):
                     write()
             if plan.mirror is not None:
-                patiently(functools.partial(plan.mirror.put, path), limit=TRIAL_PATIENCE)
+                self._patiently(functools.partial(plan.mirror.put, path))
             return self._read(path)
 
     def _read(self, path: Path) -> Any:
@@ -293,11 +301,16 @@ class PretrainedWeights:
 
         assert self._plan is not None
         if self._plan.mirror is not None:
-            patiently(functools.partial(self._plan.mirror.fetch, path), limit=TRIAL_PATIENCE)
+            self._patiently(functools.partial(self._plan.mirror.fetch, path))
         return load(path, make_broadbandMLP)[0]
 
+    def _patiently(self, action: Callable[[], Result]) -> Result:
+        return patiently(action, watch=self._watch, limit=TRIAL_PATIENCE)
 
-def _pretrain(plan: Pretraining, width: int, depth: int, seed: int, path: Path) -> None:
+
+def _pretrain(
+    plan: Pretraining, width: int, depth: int, seed: int, path: Path, watch: StorageWatch | None
+) -> None:
     """Train one shape on the simulated rows, and keep its best epoch on the nights held out."""
     from desisky_tune.io import checkpoint_meta, save
     from desisky_tune.training.program import Hyperparameters, program_for, training_arrays
@@ -346,7 +359,7 @@ def _pretrain(plan: Pretraining, width: int, depth: int, seed: int, path: Path) 
         with first_path(path) as temporary:
             save(temporary, model, meta)
 
-    patiently(keep, limit=TRIAL_PATIENCE)
+    patiently(keep, watch=watch, limit=TRIAL_PATIENCE)
 
 
 def pretrain_sentence(note: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from desisky_tune.errors import EngineError, StorageError
 from desisky_tune.search.events import Event, EventSink, Note, TrialFinished, TrialReported
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.local import sweep
+from desisky_tune.search.outages import Outages
 from desisky_tune.search.patience import patiently
 from desisky_tune.search.records import (
     Ledger,
@@ -55,6 +56,8 @@ class Recorder(Callback):
         Where the records go; by default the search's.
     stop
         Told which trials run and report, so that a search that is to end waits for them.
+    outages
+        Told where the run's folder cannot be written, and when it can again.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Recorder(Callback):
         emit: EventSink,
         ledger: Path | None = None,
         stop: StopRequest | None = None,
+        outages: Outages | None = None,
     ) -> None:
         self._folder = folder
         self._ledger = Ledger(folder.ledger if ledger is None else ledger)
@@ -84,6 +88,7 @@ class Recorder(Callback):
         self._seed = seed
         self._emit = emit
         self._stop = stop or StopRequest()
+        self._outages = outages
         self._told_of_stop = False
         self.failures_in_a_row = 0
         #: Numbers of the trials whose process died and that may be tried once more.
@@ -93,7 +98,7 @@ class Recorder(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the watcher: Ray Tune pickles its callbacks to disk."""
-        return {**self.__dict__, "_emit": _nobody}
+        return {**self.__dict__, "_emit": _nobody, "_outages": None}
 
     @property
     def records(self) -> list[TrialRecord]:
@@ -175,7 +180,7 @@ class Recorder(Callback):
 
         patiently(
             attempt,
-            tell=lambda text: self._emit(Note(text)),
+            watch=self._outages,
             give_up=lambda: self._stop.asked is not None,
         )
 

@@ -8,6 +8,7 @@ from desisky_tune.errors import DesiskyTuneError, StorageError, StorageLostError
 from desisky_tune.search import patience
 from desisky_tune.search.events import EventSink, Note
 from desisky_tune.search.folder import RunFolder
+from desisky_tune.search.outages import Outages
 from desisky_tune.search.records import Ledger
 from desisky_tune.search.stopping import StopRequest
 
@@ -26,12 +27,17 @@ class Restarts:
         Told what happens.
     stop
         A search that was asked to end waits no longer.
+    outages
+        Told how storage fares.
     """
 
-    def __init__(self, folder: RunFolder, emit: EventSink, stop: StopRequest) -> None:
+    def __init__(
+        self, folder: RunFolder, emit: EventSink, stop: StopRequest, outages: Outages
+    ) -> None:
         self._folder = folder
         self._emit = emit
         self._stop = stop
+        self._outages = outages
         self._fruitless = 0
         self._records = -1
 
@@ -52,15 +58,17 @@ class Restarts:
         if self._stop.asked is not None:
             raise self._stop.interruption() from fault
         try:
-            patience.patiently(self._check, tell=self._tell)
+            patience.patiently(self._check, watch=self._outages)
         except OSError as lost:
             raise self._lost(lost) from fault
+        # It may have been the engines alone that met the outage, and they have ended.
+        self._outages.worked()
         records = len(Ledger(self._folder.ledger).records())
         self._fruitless = self._fruitless + 1 if records == self._records else 1
         self._records = records
         if self._fruitless > FRUITLESS_RESTARTS:
             raise self._lost(fault) from fault
-        self._tell("storage failed and is back: the search goes on from its ledger")
+        self._emit(Note("storage ended a session: the search goes on from its ledger"))
 
     def _is_storage(self, fault: Exception) -> bool:
         if isinstance(fault, StorageError | DatabaseError):
@@ -76,9 +84,6 @@ class Restarts:
 
     def _check(self) -> None:
         patience.check_storage(self._folder.search_json)
-
-    def _tell(self, text: str) -> None:
-        self._emit(Note(text))
 
     def _lost(self, cause: Exception) -> StorageLostError:
         return StorageLostError(

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from ray import tune
@@ -38,6 +39,7 @@ from desisky_tune.search.events import EventSink, Note, SearchStarted
 from desisky_tune.search.figures import SessionFigures
 from desisky_tune.search.ordering import fixed_in_flight
 from desisky_tune.search.origin import SearchRun, checkpoint_header
+from desisky_tune.search.outages import Outages
 from desisky_tune.search.pretraining import open_pretraining
 from desisky_tune.search.recorder import GiveUp, Recorder
 from desisky_tune.search.records import Ledger, best_record, remaining_trials
@@ -107,19 +109,22 @@ def run_stage(
     deadline = None if limit is None else time.monotonic() + limit
     deaths: Counter[int] = Counter()
     told: list[SessionFigures] = []
-    restarts = Restarts(folder, emit, stop)
+    outages = Outages(emit)
+    restarts = Restarts(folder, emit, stop, outages)
     first = True
     while True:
         try:
             recorder, figures = _run_session(
-                run, stage, ray, emit, deaths, deadline, stop, local=local, first=first
+                run, stage, ray, emit, deaths, deadline, stop, outages, local=local, first=first
             )
         except Exception as fault:
             restarts.after(fault)
             continue
         finally:
             first = False
-        told.append(figures)
+        if recorder.broken is None:
+            outages.worked()  # the engine that waited for it may have died
+        told.append(replace(figures, outages=outages.taken()))
         records = recorder.records
         if recorder.broken is not None:
             restarts.after(recorder.broken)
@@ -156,6 +161,7 @@ def _run_session(
     deaths: Counter[int],
     deadline: float | None,
     stop: StopRequest,
+    outages: Outages,
     *,
     local: bool,
     first: bool,
@@ -196,6 +202,7 @@ def _run_session(
         emit=emit,
         ledger=stage.ledger,
         stop=stop,
+        outages=outages,
     )
     work = Work(
         run=folder.name,
@@ -213,13 +220,15 @@ def _run_session(
         with running_engines(ray, plans, work, stage.arrays(), starting) as engines:
             if ordered:
                 engines.take_verdicts(searcher.ordering, scheduler)
+            watch = EngineWatch(ray, engines.dispatcher, emit, outages)
             tuner = _tuner(
-                run, stage, recorder, engines, searcher, scheduler, in_flight, deadline, ray, emit
+                run, stage, recorder, engines, watch, searcher, scheduler, in_flight, deadline
             )
             with _quiet_tune(), stop.finishing_rungs():
                 tuner.fit()
             leaving = stop.asked is not None or recorder.broken is not None
             figures = engines.close(
+                watch,
                 len(recorder.records) - len(known),
                 LEAVING_PATIENCE if leaving else CLOSING_PATIENCE,
             )
@@ -233,12 +242,11 @@ def _tuner(
     stage: Stage,
     recorder: Recorder,
     engines: RunningEngines,
+    watch: EngineWatch,
     searcher: Any,
     scheduler: Any,
     in_flight: int,
     deadline: float | None,
-    ray: Any,
-    emit: EventSink,
 ) -> tune.Tuner:
     """Let Ray Tune run light trials, `in_flight` at a time, that ask the engines to train."""
     spec, folder = run.spec, run.folder
@@ -273,7 +281,7 @@ def _tuner(
             name=f"{stage.sessions}-{len(list(folder.tune.glob(f'{stage.sessions}-*'))) + 1}",
             storage_path=str(folder.tune),
             # In this order: a trial has its record before its engine lets go of it.
-            callbacks=[recorder, EngineWatch(ray, engines.dispatcher, emit)],
+            callbacks=[recorder, watch],
             stop=GiveUp(recorder),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=spec.search.max_failures),

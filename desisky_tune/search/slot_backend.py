@@ -35,6 +35,7 @@ from desisky_tune.search.trainings import (
 from desisky_tune.search.trial_files import TrialFiles
 
 if TYPE_CHECKING:
+    from desisky_tune.search.patience import StorageWatch
     from desisky_tune.search.pretraining import Pretraining
     from desisky_tune.search.sections import TrainingSpec
     from desisky_tune.search.storage import RunMirror
@@ -65,6 +66,8 @@ class SlotBackend:
         Of the matrix products on a GPU: "float32", "tf32x3" or "tf32".
     pretraining
         What trainings begin with; None where their weights are drawn.
+    storage
+        Told where the trials' files cannot be written, and when they can again.
 
     Attributes
     ----------
@@ -88,12 +91,13 @@ class SlotBackend:
         expected: int | None = None,
         precision: str = "float32",
         pretraining: Pretraining | None = None,
+        storage: StorageWatch | None = None,
     ) -> None:
         from desisky_tune.search.slot_settings import SlotPlan
         from desisky_tune.training.slot_rows import FoldRows, slot_rows
 
         self._training = training
-        self._files = TrialFiles(folder, mirror)
+        self._files = TrialFiles(folder, mirror, storage)
         self._header = dict(header or {})
         self._features = arrays.features
         self._folds = [
@@ -104,7 +108,7 @@ class SlotBackend:
         self._plan = SlotPlan(rows, folder, training.loss, slots, expected, precision)
         self._banks = SlotBanks(rows)
         self.meter = self._banks.meter
-        self._start = PretrainedWeights(pretraining, self.meter)
+        self._start = PretrainedWeights(pretraining, self.meter, storage)
         self._trials: dict[int, RunningTrial[Training]] = {}
         self._lock = threading.Lock()
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from desisky_tune.errors import CheckpointError, MissingFileError
 from desisky_tune.search.backend import Assignment, Member
-from desisky_tune.search.patience import TRIAL_PATIENCE, patiently
+from desisky_tune.search.patience import TRIAL_PATIENCE, Result, StorageWatch, patiently
 
 if TYPE_CHECKING:
     from desisky_tune.search.records import TrialRecord
@@ -32,16 +32,24 @@ class TrialFiles:
         Where they lie.
     mirror
         Where a run on a URL has them: each is put there, and fetched when it is wanted.
+    watch
+        Told where storage fails, and when it is back.
     """
 
-    def __init__(self, folder: Path, mirror: RunMirror | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        mirror: RunMirror | None = None,
+        watch: StorageWatch | None = None,
+    ) -> None:
         self._folder = folder
         self._mirror = mirror
+        self._watch = watch
 
     def discard_weights(self, trial: Assignment) -> None:
         """Remove the weights of an unfinished trial, which an interrupt left: not its last."""
         stale = checkpoint_path(self._folder, trial.number)
-        patiently(functools.partial(stale.unlink, missing_ok=True), limit=TRIAL_PATIENCE)
+        self._patiently(functools.partial(stale.unlink, missing_ok=True))
 
     def write_weights(self, trial: Assignment, write: Callable[[Path], None]) -> None:
         """Keep the best weights of a trial."""
@@ -67,7 +75,7 @@ class TrialFiles:
             except (MissingFileError, CheckpointError):
                 return None
 
-        return patiently(attempt, limit=TRIAL_PATIENCE)
+        return self._patiently(attempt)
 
     def write_state(self, trial: Assignment, member: Member, write: Callable[[Path], None]) -> None:
         """Keep the state of a training."""
@@ -77,9 +85,12 @@ class TrialFiles:
         return state_path(self._folder, trial.number, member if trial.members else None)
 
     def _put(self, path: Path, write: Callable[[Path], None]) -> None:
-        patiently(functools.partial(write, path), limit=TRIAL_PATIENCE)
+        self._patiently(functools.partial(write, path))
         if self._mirror is not None:
-            patiently(functools.partial(self._mirror.put, path), limit=TRIAL_PATIENCE)
+            self._patiently(functools.partial(self._mirror.put, path))
+
+    def _patiently(self, action: Callable[[], Result]) -> Result:
+        return patiently(action, watch=self._watch, limit=TRIAL_PATIENCE)
 
 
 def state_path(folder: Path, number: int, member: Member | None = None) -> Path:

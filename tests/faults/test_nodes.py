@@ -122,6 +122,32 @@ def test_one_good_trial_clears_an_engine() -> None:
     asyncio.run(scene())
 
 
+def test_trials_of_a_lost_engine_do_not_wait_for_those_whose_processes_went_with_it() -> None:
+    """The node that is left has the engine of some, and the processes of the others."""
+
+    async def scene() -> None:
+        made, _ = await dispatcher(2, room=3)
+        homes = {number: (await made.place(number))[0] for number in range(6)}
+        there = [number for number, home in homes.items() if home == 1]
+        here = [number for number, home in homes.items() if home == 0]
+        await made.lost(1, "the node is gone")
+        waiting = [asyncio.create_task(made.place(number)) for number in there]
+        for _ in range(9):
+            await asyncio.sleep(0)
+        assert not any(task.done() for task in waiting)
+        for number in here:
+            await made.interrupted(number)
+        placed = await asyncio.wait_for(asyncio.gather(*waiting), 10.0)
+        assert [home for home, _ in placed] == [0, 0, 0]
+        for number in here:
+            assert (await asyncio.wait_for(made.place(number), 10.0))[0] == 0
+        for number in range(6):
+            await made.ended(number)
+        assert made._engines[0].trials == set()
+
+    asyncio.run(scene())
+
+
 def test_the_only_engine_is_never_left_out() -> None:
     async def scene() -> None:
         made, _ = await dispatcher(1)

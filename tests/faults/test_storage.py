@@ -3,6 +3,7 @@ even to root."""
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 from pathlib import Path
@@ -13,23 +14,30 @@ from searches import RANDOM, assert_nothing_lost, assert_the_same, spec_of
 
 from desisky_tune.errors import RESUME_ME, StorageError, StorageLostError
 from desisky_tune.search import patience
-from desisky_tune.search.events import Event, Note, TrialReported
+from desisky_tune.search.dispatch import Dispatcher
+from desisky_tune.search.events import Event, StorageChanged, TrialReported
+from desisky_tune.search.folder import RunFolder
+from desisky_tune.search.outages import LATE, Outages
 from desisky_tune.search.patience import check_storage, patiently
 from desisky_tune.search.records import TrialRecord
 from desisky_tune.search.run import resume_search, run_search
 
 
 class Outage:
-    """Takes a run's folder away at a report, and brings it back after a time, if one is given."""
+    """Takes a folder away at a report, and brings it back after a time, or when that is told."""
 
-    def __init__(self, run: Path, at: int, seconds: float | None = None) -> None:
-        self.run, self.at, self.seconds = run, at, seconds
+    def __init__(
+        self, run: Path, at: int, seconds: float | None = None, *, until_told: bool = False
+    ) -> None:
+        self.run, self.at, self.seconds, self.until_told = run, at, seconds, until_told
         self.away = run.with_name("away")
-        self.notes: list[str] = []
+        self.told: list[StorageChanged] = []
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, Note):
-            self.notes.append(event.text)
+        if isinstance(event, StorageChanged):
+            self.told.append(event)
+            if self.until_told and event.failing:
+                self.end()
         if isinstance(event, TrialReported):
             self.at -= 1
             if self.at == 0:
@@ -44,6 +52,23 @@ class Outage:
     def end(self) -> None:
         self.run.unlink()
         self.away.rename(self.run)
+
+
+def test_an_outage_that_the_engine_alone_meets_is_told_once(
+    ray_instance: Any, tmp_path: Path, undisturbed: list[TrialRecord]
+) -> None:
+    # The driver's own files can be written all the while: it has this from the engine.
+    outage = Outage(tmp_path / "cut" / "trials", at=2, until_told=True)
+    run = run_search(spec_of(RANDOM), runs=tmp_path, name="cut", on_event=outage).run_dir
+    begun, over = outage.told
+    assert begun.failing
+    assert f"cannot write {run / 'trials'}" in begun.text
+    assert not over.failing
+    assert_the_same(assert_nothing_lost(run, spec_of(RANDOM)), undisturbed)
+    (session,) = RunFolder.open(run).read_search()["sessions"]
+    (engines,) = session["engines"]
+    assert engines["storage"]["outages"] == 1
+    assert 0 < engines["storage"]["seconds"] < session["seconds"]
 
 
 def test_a_search_waits_for_storage_and_ends_only_when_it_does_not_come_back(
@@ -61,14 +86,14 @@ def test_a_search_waits_for_storage_and_ends_only_when_it_does_not_come_back(
         with pytest.raises(StorageLostError, match="desisky-tune resume") as lost:
             run_search(spec_of(RANDOM), runs=tmp_path, name="cut", on_event=for_good)
     assert lost.value.exit_code == RESUME_ME
-    assert sum("trying again for up to 1 s" in note for note in for_good.notes) >= 1
+    (begun,) = for_good.told
+    assert "trying again for up to 1 s" in begun.text
     for_good.end()
     assert not (run / "evaluation.json").exists()
 
-    # Where an engine writes and not the driver, it waits without a word.
     for_a_while = Outage(run, at=moment.randrange(2, 5), seconds=moment.uniform(1.0, 3.0))
     resume_search(run, on_event=for_a_while)
-    assert for_a_while.at <= 0
+    assert [event.failing for event in for_a_while.told] == [True, False]
     assert_the_same(assert_nothing_lost(run, spec_of(RANDOM)), undisturbed)
 
 
@@ -98,16 +123,86 @@ class Failing:
         return "written"
 
 
-def test_pauses_grow_and_the_outage_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+class Watch:
+    """Writes down what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def failed(self, why: str) -> None:
+        self.heard.append(why)
+
+    def worked(self) -> None:
+        self.heard.append("worked")
+
+
+def test_pauses_grow_and_each_attempt_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    action, told = Failing(clock, until=100.0), []
-    assert patiently(action, tell=told.append) == "written"
+    action, watch = Failing(clock, until=100.0), Watch()
+    assert patiently(action, watch=watch) == "written"
     pauses = [b - a for a, b in zip(action.tried, action.tried[1:], strict=False)]
     assert pauses == sorted(pauses)
     assert (pauses[0], pauses[-1]) == (0.25, 30.0)
-    first, last = told
-    assert first == "storage fails: no space left; trying again for up to 600 s"
-    assert last.startswith("storage is back after 1")
+    assert watch.heard == ["no space left"] * (len(action.tried) - 1) + ["worked"]
+
+
+def test_where_nothing_failed_nothing_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch()
+    patiently(Failing(Clock(monkeypatch), until=0.0), watch=watch)
+    assert watch.heard == []
+
+
+class Driver:
+    """A driver at a time, and what it was told of storage."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.told: list[str] = []
+        self.outages = Outages(self.see, clock=lambda: self.now)
+
+    def see(self, event: Event) -> None:
+        assert isinstance(event, StorageChanged)
+        self.told.append(event.text)
+
+
+def test_an_outage_is_told_once_whoever_meets_it() -> None:
+    driver = Driver()
+    driver.outages.heard([(3600.0, "disk full"), (3600.5, "disk full")])
+    driver.now = 3605.0
+    driver.outages.failed("No such file")
+    driver.now = 3640.0
+    driver.outages.worked()
+    # Engines that tried in vain before that, and had their next pause still before them.
+    driver.outages.heard([(3630.0, "disk full"), (3640.0 + LATE / 2, "disk full"), (3661.0, None)])
+    assert driver.told == [
+        "storage fails since 01:00:00 UTC: disk full; trying again for up to 600 s, trials train "
+        "on to their rungs",
+        "storage is back after 40 s",
+    ]
+    assert driver.outages.taken() == (1, 40.0)
+    assert driver.outages.taken() == (0, 0.0)
+
+
+def test_the_next_outage_is_another_one() -> None:
+    driver = Driver()
+    for at in (100.0, 200.0):
+        driver.outages.heard([(at, "disk full"), (at + 5.0, None)])
+    assert len(driver.told) == 4
+    assert driver.outages.taken() == (2, 10.0)
+
+
+def test_the_dispatcher_hands_on_what_engines_met_once() -> None:
+    async def scene() -> None:
+        made = Dispatcher(expected=1)
+        await made.tried_storage("disk full")
+        await made.tried_storage(None)
+        _, _, attempts = await made.news()
+        assert [why for _, why in attempts] == ["disk full", None]
+        (began, _), (ended, _) = attempts
+        assert began <= ended
+        assert (await made.news())[2] == []
+
+    asyncio.run(scene())
 
 
 def test_patience_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
