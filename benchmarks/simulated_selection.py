@@ -1,0 +1,487 @@
+"""What choosing costs where the truth is known: regret, optimism, coverage, on simulated skies.
+
+One draw is an observatory: about 330 moonlit exposures of a few dozen nights of a simulated
+VAC, searched as `benchmarks/nested.py` does it, without Ray: a random search on one holdout by
+night, finalists on folds and seeds, final fits, the ensemble with its calibrated spread. The
+truth is another simulated season, thousands of exposures with weather of their own, that no stage
+sees. The draws share nothing, so that intervals over them mean what they say.
+
+An oracle has the truth in place of the validation rows: its pick is the best of the same trials
+there. Regret is the RMSE on the truth of what was picked minus that of the oracle's pick.
+Optimism is that RMSE minus the one that the selection promised. The noise is what no model of
+these features can know: the scatter of the magnitudes when weather and measurement are drawn
+again under the same conditions. Exposures in a lunar eclipse are left out, on both sides.
+
+Each finished draw is a line of the file of `--out`: what is there already is not trained again.
+
+    python benchmarks/simulated_selection.py --out simulated.jsonl --repeats 20 --workers 2
+    python benchmarks/simulated_selection.py --out simulated.jsonl --report-only
+    python benchmarks/simulated_selection.py --out try.jsonl --repeats 2 --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _machine import describe
+from _selecting import (
+    Stages,
+    add_selection_options,
+    in_processes,
+    mean_interval,
+    own_folder,
+    read_lines,
+    selection_spec,
+    t_interval,
+)
+
+from desisky_tune.data.columns import BANDS, EXPOSURE_ID, NIGHT, TARGETS
+
+#: What names a line of a file, and what must agree between all of them.
+DRAW = ("draw",)
+SETTINGS = (
+    "exposures",
+    "truth",
+    "trials",
+    "epochs",
+    "finalists",
+    "folds",
+    "seeds",
+    "members",
+    "space",
+)
+#: What `--quick` takes: it shows that the script runs, and nothing else.
+QUICK = {"truth": 2000, "trials": 4, "epochs": 30, "finalists": 2, "folds": 3, "seeds": 1}
+
+#: What the truth is asked about, in the order of the table.
+LABELS: Mapping[str, str] = {
+    "ensemble": "ensemble of the best finalists' members",
+    "winner": "finalists' winner as exported: fitted to all rows with 5 seeds",
+    "default": "documented default, fitted alike",
+    "oracle_fit": "oracle's configuration, fitted alike",
+    "oracle": "oracle: best trial on the truth",
+    "winner_trial": "finalists' winner, its trial of the search",
+    "single": "best single validation score",
+    "default_trial": "documented default, its trial of the search",
+    "middle": "the middle trial: no choice at all",
+}
+#: Fitted to all rows, and so compared with the oracle's configuration fitted alike, too.
+FITTED = ("ensemble", "winner", "default")
+
+#: By what was promised: the model that came of it, and how the two are called.
+PROMISES: Mapping[str, tuple[str, str]] = {
+    "single": ("single", "best single validation score, its trial"),
+    "winner": ("winner", "finalists' winner, as exported"),
+    "winner_folds": ("winner_folds", "finalists' winner, its trainings on folds"),
+    "default_trial": ("default_trial", "not chosen: documented default, its trial"),
+    "default_folds": ("default_folds", "not chosen: documented default, its trainings on folds"),
+}
+
+#: Exposures of a draw, and new skies for each, from which the noise is estimated.
+NOISE_ROWS, NOISE_SKIES = 96, 6
+
+
+def main() -> None:
+    """Train what is missing, and print the tables."""
+    options = parsed()
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    known = {line["draw"] for line in read_lines(options.out, settings, DRAW)}
+    missing = [(draw,) for draw in range(options.repeats) if draw not in known]
+    print(describe(["desisky_tune", "jax", "equinox", "optuna"]), end="\n\n", flush=True)
+    if not options.report_only:
+        in_processes(train_draw, missing, settings, options.out, options.processes, "draws")
+    lines = read_lines(options.out, settings, DRAW)
+    chosen = sorted(
+        (line for line in lines if line["draw"] < options.repeats), key=lambda line: line["draw"]
+    )
+    print(report(chosen, settings))
+
+
+def parsed() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("simulated_selection.jsonl"))
+    parser.add_argument("--repeats", type=int, default=20, help="draws of an observatory")
+    parser.add_argument(
+        "--exposures", type=int, default=1450, help="simulated, a fifth of them moonlit and usable"
+    )
+    parser.add_argument("--truth", type=int, default=12000, help="exposures simulated as truth")
+    add_selection_options(parser)
+    parser.add_argument("--quick", action="store_true", help="a small try, in under a minute")
+    options = parser.parse_args()
+    if options.quick:
+        vars(options).update(QUICK)
+    return options
+
+
+# --- one draw ------------------------------------------------------------------------------------
+
+
+def train_draw(settings: Mapping[str, Any], draw: int) -> dict[str, Any]:
+    """Search, choose and fit on one observatory's exposures; ask the truth."""
+    began = time.perf_counter()
+    with own_folder("simulated") as folder:
+        outcome = Draw(folder, draw, settings).outcome()
+    seconds = round(time.perf_counter() - began, 1)
+    return {"draw": draw, "settings": dict(settings), **outcome, "seconds": seconds}
+
+
+def sample_seed(draw: int) -> int:
+    """Return the seed of the season that an observatory observes."""
+    return 2 * draw + 1
+
+
+def truth_seed(draw: int) -> int:
+    """Return the seed of the season that is the truth."""
+    return 2 * draw + 2
+
+
+def moonlit(exposures: int, seed: int) -> Any:
+    """Return the moonlit exposures of a simulated season, eclipses left out."""
+    from desisky_tune.data.simulated_table import simulated_table
+
+    frame = simulated_table(exposures, seed)
+    used = ["TRANSPARENCY_GFA", *TARGETS]
+    usable = np.isfinite(frame[used].to_numpy(dtype=float)).all(axis=1)
+    kept = frame[usable & (frame["ECLIPSE_FRAC"] == 0)]
+    return kept.sort_values(EXPOSURE_ID, ignore_index=True)
+
+
+class Draw(Stages):
+    """A search on the exposures of one simulated observatory."""
+
+    def __init__(self, folder: Path, draw: int, settings: Mapping[str, Any]) -> None:
+        from desisky_tune.data.features import FeatureTable, fingerprint
+        from desisky_tune.data.splits import Split, make_folds
+        from desisky_tune.search.folder import RunFolder
+        from desisky_tune.search.origin import SearchRun, write_run
+
+        self.draw, self.settings = draw, settings
+        frame = moonlit(settings["exposures"], sample_seed(draw))
+        self.truth = moonlit(settings["truth"], truth_seed(draw))
+        self.observed = self.truth[list(TARGETS)].to_numpy(dtype=float)
+        provenance = {"source": "simulated", "v_derived": False, "fingerprint": fingerprint(frame)}
+        # As in a search of the shipped spaces: a quarter of the rows to choose on. The truth
+        # stands for the test rows.
+        train, validation = make_folds(frame, np.arange(len(frame)), folds=4, seed=draw)[0]
+        split = Split(train, validation, np.arange(0), NIGHT, draw, (0.6, 0.2, 0.2))
+        run = SearchRun(
+            RunFolder.create(folder, "draw", exact=True),
+            selection_spec(settings, draw),
+            FeatureTable(frame, provenance),
+            split,
+        )
+        write_run(run)
+        super().__init__(run, draw)
+
+    def outcome(self) -> dict[str, Any]:
+        """Return what the selection promised and chose, and what the truth says of it."""
+        from desisky_tune.search.records import best_record
+
+        records = self.search()
+        trials = self.trials_on_truth(records)
+        single = best_record(records)
+        assert single is not None
+        final = self.finalists(records)
+        winner, default = final.winner, final.default
+        assert winner.trial is not None
+        assert default is not None
+        oracle = best_of(trials)
+        fits = {
+            "winner": final.records[winner.number],
+            "default": final.records[default.number],
+            "oracle_fit": self.on_the_folds(oracle, final, records),
+        }
+        models = {name: self.rmse(self.mean_fit(name, each)) for name, each in fits.items()}
+        picks = {"oracle": oracle, "single": single.number, "winner_trial": winner.trial}
+        models |= {name: trials[number] for name, number in picks.items()}
+        models |= {"default_trial": trials[0], "middle": middle_of(trials)}
+        for name, finalist in (("winner_folds", winner), ("default_folds", default)):
+            models[name] = self.members_rmse(finalist.number)
+        models["ensemble"], spread = self.ensemble(final)
+        promised = {
+            "single": by_band(single.rmse),
+            "winner": by_band(fits["winner"].rmse),
+            "winner_folds": by_band(fits["winner"].rmse),
+            "default_trial": by_band(records[0].rmse),
+            "default_folds": by_band(fits["default"].rmse),
+        }
+        return {
+            "rows": self.counts(),
+            "models": models,
+            "promised": promised,
+            "chosen": {name: dict(records[number].configuration) for name, number in picks.items()},
+            "trials": {
+                str(number): [records[number].objective, each] for number, each in trials.items()
+            },
+            "noise": self.noise(),
+            **spread,
+        }
+
+    def counts(self) -> dict[str, int]:
+        """Return how many exposures and nights there are to learn from, to choose on, as truth."""
+        frame, split = self.run.table.frame, self.run.split
+        return {
+            "exposures": len(frame),
+            "nights": int(frame[NIGHT].nunique()),
+            "validation": len(split.validation),
+            "validation_nights": int(frame[NIGHT].iloc[split.validation].nunique()),
+            "truth": len(self.truth),
+            "truth_nights": int(self.truth[NIGHT].nunique()),
+        }
+
+    def rmse(self, predictor: Any) -> list[float]:
+        """Return a model's RMSE on the truth, by band (mag)."""
+        return rmse_by_band(predictor.predict(self.truth) - self.observed)
+
+    def trials_on_truth(self, records: Sequence[Any]) -> dict[int, list[float]]:
+        """Return the RMSE on the truth of every complete trial's weights, by number."""
+        from desisky_tune.inference import Predictor
+        from desisky_tune.search.local import checkpoint_path
+
+        return {
+            record.number: self.rmse(
+                Predictor.load(checkpoint_path(self.run.folder.trials, record.number))
+            )
+            for record in records
+            if record.state == "COMPLETE"
+        }
+
+    def on_the_folds(self, trial: int, final: Any, records: Sequence[Any]) -> Any:
+        """Return a trial's record on the finalists' folds, trained there where it was none."""
+        for finalist in final.finalists.values():
+            if finalist.trial == trial and final.records[finalist.number].state == "COMPLETE":
+                return final.records[finalist.number]
+        number = 1 + max(final.finalists)
+        configuration = records[trial].configuration
+        (record,) = self.on_folds({number: configuration}, self.run.folder.path / "oracle.jsonl")
+        return record
+
+    def members_rmse(self, number: int) -> list[float]:
+        """Return the RMSE on the truth of a finalist's trainings, the mean over them."""
+        from desisky_tune.inference import Predictor
+        from desisky_tune.search.local import member_path
+
+        each = [
+            self.rmse(Predictor.load(member_path(self.run.folder.trials, number, member)))
+            for member in self.finalist_members
+        ]
+        return np.mean(each, axis=0).tolist()
+
+    def ensemble(self, final: Any) -> tuple[list[float], dict[str, Any]]:
+        """Write the ensemble; return its RMSE, and how often its 90 % interval holds the truth."""
+        from desisky_tune.inference import PREDICTIONS, predict_frame
+        from desisky_tune.inference.ensemble import HALF_WIDTHS, INDEX
+        from desisky_tune.search.ensemble import write_ensemble
+
+        folder = write_ensemble(self.run, final, self.settings["members"], self.run.folder.ensemble)
+        predicted = predict_frame(folder, self.truth)
+        residual = predicted[list(PREDICTIONS)].to_numpy() - self.observed
+        half = predicted[list(HALF_WIDTHS)].to_numpy()
+        index = json.loads((folder / INDEX).read_text())
+        stated = index["calibration"]["coverage_90"]
+        return rmse_by_band(residual), {
+            "covered": covered(residual, half),
+            "stated": [stated[band] for band in BANDS],
+            "half_width": half.mean(axis=0).tolist(),
+        }
+
+    def noise(self) -> list[float]:
+        """Return the scatter of the magnitudes under the same conditions, by band (mag).
+
+        Airglow, aerosol and measurement are drawn anew for exposures of the observatory; their
+        transparency, which is a feature, stays.
+        """
+        from desisky_tune.data.simulate import draw_season, draw_weather
+
+        season = draw_season(self.settings["exposures"], sample_seed(self.draw))
+        rng = np.random.default_rng(self.draw)
+        moonlit_rows = self.run.table.frame[EXPOSURE_ID].to_numpy()
+        drawn = rng.choice(moonlit_rows, min(NOISE_ROWS, len(moonlit_rows)), replace=False)
+        rows = np.flatnonzero(np.isin(season.columns[EXPOSURE_ID], drawn))
+        skies = []
+        for stream in rng.spawn(NOISE_SKIES):
+            weather = draw_weather(season.plan.night_index, stream)
+            weather = replace(weather, transparency=season.weather.transparency)
+            skies.append(sky_magnitudes(replace(season, weather=weather), rows, stream))
+        return np.sqrt(np.var(skies, axis=0, ddof=1).mean(axis=0)).tolist()
+
+
+def sky_magnitudes(season: Any, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return magnitudes ``(k, 4)`` of exposures of a season, measured anew."""
+    from desisky_tune.data.photometry import magnitudes
+    from desisky_tune.data.simulate import (
+        FLUX_ERROR,
+        MAGNITUDE_ERROR,
+        Sky,
+        measured_flux,
+        vac_wavelength,
+    )
+
+    grey = np.exp(FLUX_ERROR * rng.standard_normal(len(season.grey)))
+    wavelength = vac_wavelength()
+    flux = measured_flux(Sky(wavelength), replace(season, grey=grey), rows)
+    bands = magnitudes(flux, wavelength, BANDS)
+    # V is measured on the spectrum; g, r and z have an error of the table beside it.
+    bands[:, 1:] += MAGNITUDE_ERROR * rng.standard_normal((len(rows), 3))
+    return bands
+
+
+# --- arithmetic ----------------------------------------------------------------------------------
+
+
+def rmse_by_band(residual: np.ndarray) -> list[float]:
+    """Return the RMSE of residuals ``(n, 4)``, by band."""
+    return np.sqrt((residual**2).mean(axis=0)).tolist()
+
+
+def by_band(rmse: Mapping[str, float]) -> list[float]:
+    """Return a record's RMSE in the order of the bands."""
+    return [rmse[band] for band in BANDS]
+
+
+def best_of(trials: Mapping[int, Sequence[float]]) -> int:
+    """Return the number of the trial with the lowest mean over the bands."""
+    return min(trials, key=lambda number: (float(np.mean(trials[number])), number))
+
+
+def middle_of(trials: Mapping[int, Sequence[float]]) -> list[float]:
+    """Return the RMSE by band of the trial in the middle: half of the others are better."""
+    order = sorted(trials, key=lambda number: (float(np.mean(trials[number])), number))
+    return list(trials[order[len(order) // 2]])
+
+
+def covered(residual: np.ndarray, half_width: np.ndarray) -> list[float]:
+    """Return the share of residuals ``(n, 4)`` inside their half widths, by band."""
+    return (np.abs(residual) <= half_width).mean(axis=0).tolist()
+
+
+def differences(lines: Sequence[Mapping[str, Any]], one: str, other: str) -> np.ndarray:
+    """Return one model's RMSE on the truth minus another's, the mean of the bands, by draw."""
+    return means(lines, one) - means(lines, other)
+
+
+def means(lines: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """Return a model's RMSE on the truth, the mean of the bands, by draw."""
+    return np.array([np.mean(line["models"][name]) for line in lines])
+
+
+# --- the tables ----------------------------------------------------------------------------------
+
+
+def report(lines: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
+    """Return the tables as Markdown."""
+    if not lines:
+        return "no draw is complete yet"
+    parts: tuple[Callable[..., str], ...] = (regret_table, optimism_table, coverage_table)
+    return "\n\n".join([head(lines, settings), *(part(lines) for part in parts)])
+
+
+def head(lines: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
+    """Return what the tables were made of."""
+    from desisky_tune.data.simulated_table import CONSTANTS_NOTE
+
+    rows = {
+        name: f"{min(line['rows'][name] for line in lines)}-"
+        f"{max(line['rows'][name] for line in lines)}"
+        for name in lines[0]["rows"]
+    }
+    noise = np.array([line["noise"] for line in lines]).mean(axis=0)
+    spent = sum(line["seconds"] for line in lines)
+    by_name = ", ".join(f"{band} {value:.3f}" for band, value in zip(BANDS, noise, strict=True))
+    return (
+        f"{len(lines)} draws of {rows['exposures']} exposures of {rows['nights']} nights "
+        f"({rows['validation']} of {rows['validation_nights']} nights to choose on); truth: "
+        f"{rows['truth']} exposures of {rows['truth_nights']} nights of another season. "
+        f"{settings['trials']} trials, {settings['finalists']} finalists on {settings['folds']} "
+        f"folds x {settings['seeds']} seeds, {settings['epochs']} epochs; {spent:.0f} s of "
+        f"processes. Noise (mag): {by_name}, mean {noise.mean():.3f}. Note: {CONSTANTS_NOTE}."
+    )
+
+
+def regret_table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """RMSE on the truth, and regret against the oracle's pick."""
+    rows = [
+        "RMSE on the truth (mag, mean of V g r z, ± standard deviation over the draws), and "
+        "regret: minus that of the oracle's trial, and minus that of the oracle's "
+        "configuration fitted alike, paired; in brackets 95 % t intervals over the draws:",
+        "",
+        "| | truth | regret | regret, fitted alike |",
+        "|---|---|---|---|",
+    ]
+    for name, label in LABELS.items():
+        on_truth = means(lines, name)
+        cells = [f"{on_truth.mean():.4f} ± {spread_of(on_truth)}"]
+        cells += [regret(lines, name, "oracle")]
+        cells += [regret(lines, name, "oracle_fit") if name in FITTED else ""]
+        rows.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def regret(lines: Sequence[Mapping[str, Any]], name: str, oracle: str) -> str:
+    """Return a model's regret as text; nothing for the oracle itself."""
+    if name == oracle:
+        return ""
+    values = differences(lines, name, oracle)
+    return f"{values.mean():+.4f} [{t_interval(values)}]"
+
+
+def spread_of(values: np.ndarray) -> str:
+    """Return a standard deviation as text."""
+    return f"{values.std(ddof=1):.4f}" if len(values) > 1 else "-"
+
+
+def optimism_table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """What came minus what the selection promised."""
+    rows = [
+        "Optimism (mag, mean of V g r z): RMSE on the truth minus the RMSE that was promised, "
+        "with 95 % t intervals over the draws. What was not chosen has none but by chance:",
+        "",
+        "| | promised | came | optimism | over draws |",
+        "|---|---|---|---|---|",
+    ]
+    for promise, (came_of, label) in PROMISES.items():
+        promised = np.array([np.mean(line["promised"][promise]) for line in lines])
+        came = means(lines, came_of)
+        gap = came - promised
+        rows.append(
+            f"| {label} | {promised.mean():.4f} | {came.mean():.4f} | {gap.mean():+.4f} | "
+            f"{t_interval(gap)} |"
+        )
+    return "\n".join(rows)
+
+
+def coverage_table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """How often the ensemble's 90 % interval holds the truth."""
+    shares = {name: np.array([line[name] for line in lines]) for name in ("covered", "stated")}
+    half = np.array([line["half_width"] for line in lines])
+    rows = [
+        "Coverage (%) of the ensemble's 90 % interval on the truth, with 95 % t intervals over "
+        "the draws, the least and the most of a draw; what `coverage_90` said of it on the folds; "
+        "half its width (mag):",
+        "",
+        "| | covered | over draws | least and most | said on the folds | half width |",
+        "|---|---|---|---|---|---|",
+    ]
+    for label, columns in (
+        *((band, [place]) for place, band in enumerate(BANDS)),
+        ("all", [*range(4)]),
+    ):
+        inside, stated = (100 * shares[name][:, columns].mean(axis=1) for name in shares)
+        low, high = mean_interval(inside)
+        rows.append(
+            f"| {label} | {inside.mean():.1f} | {low:.1f} to {high:.1f} | {inside.min():.1f} to "
+            f"{inside.max():.1f} | {stated.mean():.1f} | {half[:, columns].mean():.3f} |"
+        )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main()
