@@ -278,20 +278,34 @@ class Draw(Stages):
     def ensemble(self, final: Any) -> tuple[list[float], dict[str, Any]]:
         """Write the ensemble; return its RMSE, and how often its 90 % interval holds the truth."""
         from desisky_tune.inference import PREDICTIONS, predict_frame
-        from desisky_tune.inference.ensemble import HALF_WIDTHS, INDEX
+        from desisky_tune.inference.ensemble import HALF_WIDTHS, INDEX, SIGMAS
         from desisky_tune.search.ensemble import write_ensemble
 
         folder = write_ensemble(self.run, final, self.settings["members"], self.run.folder.ensemble)
         predicted = predict_frame(folder, self.truth)
         residual = predicted[list(PREDICTIONS)].to_numpy() - self.observed
         half = predicted[list(HALF_WIDTHS)].to_numpy()
+        by_rows = self.quantile_by_rows(final) * predicted[list(SIGMAS)].to_numpy()
         index = json.loads((folder / INDEX).read_text())
         stated = index["calibration"]["coverage_90"]
         return rmse_by_band(residual), {
             "covered": covered(residual, half),
-            "stated": [stated[band] for band in BANDS],
             "half_width": half.mean(axis=0).tolist(),
+            "stated": [stated[band] for band in BANDS],
+            "covered_by_rows": covered(residual, by_rows),
+            "half_width_by_rows": by_rows.mean(axis=0).tolist(),
         }
+
+    def quantile_by_rows(self, final: Any) -> np.ndarray:
+        """Return the calibration's quantile as if every exposure were a night of its own."""
+        from desisky_tune.inference.ensemble import Calibration, scatter_of
+        from desisky_tune.search.ensemble import best_numbers, ensemble_out_of_fold
+
+        numbers = best_numbers(final, self.settings["members"])
+        unseen = ensemble_out_of_fold(final, numbers)
+        residual = unseen.predictions.mean(axis=0) - unseen.observed
+        each = np.arange(len(residual))
+        return Calibration.fit(residual, scatter_of(unseen.predictions), each).quantile_90
 
     def noise(self) -> list[float]:
         """Return the scatter of the magnitudes under the same conditions, by band (mag).
@@ -460,27 +474,35 @@ def optimism_table(lines: Sequence[Mapping[str, Any]]) -> str:
 
 def coverage_table(lines: Sequence[Mapping[str, Any]]) -> str:
     """How often the ensemble's 90 % interval holds the truth."""
-    shares = {name: np.array([line[name] for line in lines]) for name in ("covered", "stated")}
-    half = np.array([line["half_width"] for line in lines])
     rows = [
         "Coverage (%) of the ensemble's 90 % interval on the truth, with 95 % t intervals over "
-        "the draws, the least and the most of a draw; what `coverage_90` said of it on the folds; "
-        "half its width (mag):",
+        "the draws, and the least and the most of a draw; half the interval's width (mag); what "
+        "`coverage_90` said of it on the folds; beside it an interval that is calibrated as if "
+        "every exposure were a night of its own:",
         "",
-        "| | covered | over draws | least and most | said on the folds | half width |",
-        "|---|---|---|---|---|---|",
+        "| | covered | over draws | least and most | half width | said on the folds "
+        "| by exposures: covered | over draws | half width |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for label, columns in (
-        *((band, [place]) for place, band in enumerate(BANDS)),
-        ("all", [*range(4)]),
-    ):
-        inside, stated = (100 * shares[name][:, columns].mean(axis=1) for name in shares)
-        low, high = mean_interval(inside)
+    every = (*((band, [place]) for place, band in enumerate(BANDS)), ("all", [*range(len(BANDS))]))
+    for label, columns in every:
+
+        def by_draw(name: str, chosen: list[int] = columns) -> np.ndarray:
+            return np.array([line[name] for line in lines])[:, chosen].mean(axis=1)
+
+        inside, other = 100 * by_draw("covered"), 100 * by_draw("covered_by_rows")
         rows.append(
-            f"| {label} | {inside.mean():.1f} | {low:.1f} to {high:.1f} | {inside.min():.1f} to "
-            f"{inside.max():.1f} | {stated.mean():.1f} | {half[:, columns].mean():.3f} |"
+            f"| {label} | {share(inside)} | {inside.min():.1f} to {inside.max():.1f} | "
+            f"{by_draw('half_width').mean():.3f} | {100 * by_draw('stated').mean():.1f} | "
+            f"{share(other)} | {by_draw('half_width_by_rows').mean():.3f} |"
         )
     return "\n".join(rows)
+
+
+def share(values: np.ndarray) -> str:
+    """Return a mean (%) and its 95 % t interval as two cells."""
+    low, high = mean_interval(values)
+    return f"{values.mean():.1f} | {low:.1f} to {high:.1f}"
 
 
 if __name__ == "__main__":

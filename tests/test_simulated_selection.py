@@ -41,6 +41,8 @@ def line(script: Any, draw: int, better: float) -> dict[str, Any]:
         "covered": [0.85, 0.9, 0.95, 0.9],
         "stated": [0.9] * 4,
         "half_width": [0.4] * 4,
+        "covered_by_rows": [0.8] * 4,
+        "half_width_by_rows": [0.3] * 4,
         "noise": [0.1] * 4,
         "rows": {"exposures": 330, "nights": 26, "validation": 82}
         | {"validation_nights": 7, "truth": 4000, "truth_nights": 200},
