@@ -24,7 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,11 @@ from _selecting import (
     Stages,
     add_selection_options,
     in_processes,
-    mean_interval,
     own_folder,
     read_lines,
     selection_spec,
-    t_interval,
 )
+from _simulated_tables import report
 
 from desisky_tune.data.columns import BANDS, EXPOSURE_ID, NIGHT, TARGETS
 
@@ -59,30 +58,6 @@ SETTINGS = (
 )
 #: What `--quick` takes: it shows that the script runs, and nothing else.
 QUICK = {"truth": 2000, "trials": 4, "epochs": 30, "finalists": 2, "folds": 3, "seeds": 1}
-
-#: What the truth is asked about, in the order of the table.
-LABELS: Mapping[str, str] = {
-    "ensemble": "ensemble of the best finalists' members",
-    "winner": "finalists' winner as exported: fitted to all rows with 5 seeds",
-    "default": "documented default, fitted alike",
-    "oracle_fit": "oracle's configuration, fitted alike",
-    "oracle": "oracle: best trial on the truth",
-    "winner_trial": "finalists' winner, its trial of the search",
-    "single": "best single validation score",
-    "default_trial": "documented default, its trial of the search",
-    "middle": "the middle trial: no choice at all",
-}
-#: Fitted to all rows, and so compared with the oracle's configuration fitted alike, too.
-FITTED = ("ensemble", "winner", "default")
-
-#: By what was promised: the model that came of it, and how the two are called.
-PROMISES: Mapping[str, tuple[str, str]] = {
-    "single": ("single", "best single validation score, its trial"),
-    "winner": ("winner", "finalists' winner, as exported"),
-    "winner_folds": ("winner_folds", "finalists' winner, its trainings on folds"),
-    "default_trial": ("default_trial", "not chosen: documented default, its trial"),
-    "default_folds": ("default_folds", "not chosen: documented default, its trainings on folds"),
-}
 
 #: Exposures of a draw, and new skies for each, from which the noise is estimated.
 NOISE_ROWS, NOISE_SKIES = 96, 6
@@ -114,7 +89,7 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--truth", type=int, default=12000, help="exposures simulated as truth")
     add_selection_options(parser)
-    parser.add_argument("--quick", action="store_true", help="a small try, in under a minute")
+    parser.add_argument("--quick", action="store_true", help="a small try of the script")
     options = parser.parse_args()
     if options.quick:
         vars(options).update(QUICK)
@@ -208,7 +183,6 @@ class Draw(Stages):
         models["ensemble"], spread = self.ensemble(final)
         promised = {
             "single": by_band(single.rmse),
-            "winner": by_band(fits["winner"].rmse),
             "winner_folds": by_band(fits["winner"].rmse),
             "default_trial": by_band(records[0].rmse),
             "default_folds": by_band(fits["default"].rmse),
@@ -375,134 +349,6 @@ def middle_of(trials: Mapping[int, Sequence[float]]) -> list[float]:
 def covered(residual: np.ndarray, half_width: np.ndarray) -> list[float]:
     """Return the share of residuals ``(n, 4)`` inside their half widths, by band."""
     return (np.abs(residual) <= half_width).mean(axis=0).tolist()
-
-
-def differences(lines: Sequence[Mapping[str, Any]], one: str, other: str) -> np.ndarray:
-    """Return one model's RMSE on the truth minus another's, the mean of the bands, by draw."""
-    return means(lines, one) - means(lines, other)
-
-
-def means(lines: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    """Return a model's RMSE on the truth, the mean of the bands, by draw."""
-    return np.array([np.mean(line["models"][name]) for line in lines])
-
-
-# --- the tables ----------------------------------------------------------------------------------
-
-
-def report(lines: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
-    """Return the tables as Markdown."""
-    if not lines:
-        return "no draw is complete yet"
-    parts: tuple[Callable[..., str], ...] = (regret_table, optimism_table, coverage_table)
-    return "\n\n".join([head(lines, settings), *(part(lines) for part in parts)])
-
-
-def head(lines: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
-    """Return what the tables were made of."""
-    from desisky_tune.data.simulated_table import CONSTANTS_NOTE
-
-    rows = {
-        name: f"{min(line['rows'][name] for line in lines)}-"
-        f"{max(line['rows'][name] for line in lines)}"
-        for name in lines[0]["rows"]
-    }
-    noise = np.array([line["noise"] for line in lines]).mean(axis=0)
-    spent = sum(line["seconds"] for line in lines)
-    by_name = ", ".join(f"{band} {value:.3f}" for band, value in zip(BANDS, noise, strict=True))
-    return (
-        f"{len(lines)} draws of {rows['exposures']} exposures of {rows['nights']} nights "
-        f"({rows['validation']} of {rows['validation_nights']} nights to choose on); truth: "
-        f"{rows['truth']} exposures of {rows['truth_nights']} nights of another season. "
-        f"{settings['trials']} trials, {settings['finalists']} finalists on {settings['folds']} "
-        f"folds x {settings['seeds']} seeds, {settings['epochs']} epochs; {spent:.0f} s of "
-        f"processes. Noise (mag): {by_name}, mean {noise.mean():.3f}. Note: {CONSTANTS_NOTE}."
-    )
-
-
-def regret_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """RMSE on the truth, and regret against the oracle's pick."""
-    rows = [
-        "RMSE on the truth (mag, mean of V g r z, ± standard deviation over the draws), and "
-        "regret: minus that of the oracle's trial, and minus that of the oracle's "
-        "configuration fitted alike, paired; in brackets 95 % t intervals over the draws:",
-        "",
-        "| | truth | regret | regret, fitted alike |",
-        "|---|---|---|---|",
-    ]
-    for name, label in LABELS.items():
-        on_truth = means(lines, name)
-        cells = [f"{on_truth.mean():.4f} ± {spread_of(on_truth)}"]
-        cells += [regret(lines, name, "oracle")]
-        cells += [regret(lines, name, "oracle_fit") if name in FITTED else ""]
-        rows.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(rows)
-
-
-def regret(lines: Sequence[Mapping[str, Any]], name: str, oracle: str) -> str:
-    """Return a model's regret as text; nothing for the oracle itself."""
-    if name == oracle:
-        return ""
-    values = differences(lines, name, oracle)
-    return f"{values.mean():+.4f} [{t_interval(values)}]"
-
-
-def spread_of(values: np.ndarray) -> str:
-    """Return a standard deviation as text."""
-    return f"{values.std(ddof=1):.4f}" if len(values) > 1 else "-"
-
-
-def optimism_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """What came minus what the selection promised."""
-    rows = [
-        "Optimism (mag, mean of V g r z): RMSE on the truth minus the RMSE that was promised, "
-        "with 95 % t intervals over the draws. What was not chosen has none but by chance:",
-        "",
-        "| | promised | came | optimism | over draws |",
-        "|---|---|---|---|---|",
-    ]
-    for promise, (came_of, label) in PROMISES.items():
-        promised = np.array([np.mean(line["promised"][promise]) for line in lines])
-        came = means(lines, came_of)
-        gap = came - promised
-        rows.append(
-            f"| {label} | {promised.mean():.4f} | {came.mean():.4f} | {gap.mean():+.4f} | "
-            f"{t_interval(gap)} |"
-        )
-    return "\n".join(rows)
-
-
-def coverage_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """How often the ensemble's 90 % interval holds the truth."""
-    rows = [
-        "Coverage (%) of the ensemble's 90 % interval on the truth, with 95 % t intervals over "
-        "the draws, and the least and the most of a draw; half the interval's width (mag); what "
-        "`coverage_90` said of it on the folds; beside it an interval that is calibrated as if "
-        "every exposure were a night of its own:",
-        "",
-        "| | covered | over draws | least and most | half width | said on the folds "
-        "| by exposures: covered | over draws | half width |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    every = (*((band, [place]) for place, band in enumerate(BANDS)), ("all", [*range(len(BANDS))]))
-    for label, columns in every:
-
-        def by_draw(name: str, chosen: list[int] = columns) -> np.ndarray:
-            return np.array([line[name] for line in lines])[:, chosen].mean(axis=1)
-
-        inside, other = 100 * by_draw("covered"), 100 * by_draw("covered_by_rows")
-        rows.append(
-            f"| {label} | {share(inside)} | {inside.min():.1f} to {inside.max():.1f} | "
-            f"{by_draw('half_width').mean():.3f} | {100 * by_draw('stated').mean():.1f} | "
-            f"{share(other)} | {by_draw('half_width_by_rows').mean():.3f} |"
-        )
-    return "\n".join(rows)
-
-
-def share(values: np.ndarray) -> str:
-    """Return a mean (%) and its 95 % t interval as two cells."""
-    low, high = mean_interval(values)
-    return f"{values.mean():.1f} | {low:.1f} to {high:.1f}"
 
 
 if __name__ == "__main__":
