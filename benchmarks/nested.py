@@ -18,25 +18,27 @@ are trained and added in a line of their own.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from _machine import describe
-from scipy import stats
+from _selecting import (
+    Stages,
+    add_selection_options,
+    in_processes,
+    own_folder,
+    read_lines,
+    selection_spec,
+    t_interval,
+)
 
 from desisky_tune.data.columns import BANDS, EXPOSURE_ID, NIGHT, TARGETS
 from desisky_tune.data.features import load_features
 from desisky_tune.data.splits import make_folds
-from desisky_tune.files import append_line
 from desisky_tune.inference.bootstrap import interval, night_weights, resampled_rmse
 
 #: How the models are called, in the order of the table.
@@ -56,10 +58,8 @@ LABELS: Mapping[str, str] = {
 }
 #: What the others are compared with.
 REFERENCE = "default"
-#: Seeds of the fits whose mean is taken.
-MEAN_OF = 5
-
-#: What must agree between the lines of a file.
+#: What names a line of a file, and what must agree between all of them.
+CELL = ("repeat", "fold")
 SETTINGS = ("outer", "trials", "epochs", "finalists", "folds", "seeds", "members", "space")
 
 
@@ -67,7 +67,7 @@ def main() -> None:
     """Train what is missing, and print the tables."""
     options = parsed()
     settings = {name: getattr(options, name) for name in SETTINGS}
-    known = {(line["repeat"], line["fold"]) for line in read_lines(options.out, settings)}
+    known = {(line["repeat"], line["fold"]) for line in read_lines(options.out, settings, CELL)}
     cells = [
         (repeat, fold)
         for repeat in range(options.repeats)
@@ -77,13 +77,15 @@ def main() -> None:
     print(describe(["desisky_tune", "jax", "equinox", "scikit-learn"]), end="\n\n", flush=True)
     lacking = [
         (line["repeat"], line["fold"], line["chosen"]["winner"])
-        for line in read_lines(options.out, settings)
+        for line in read_lines(options.out, settings, CELL)
         if "winner_mean" not in line["predictions"]
     ]
     if not options.report_only:
-        in_processes(train_cell, cells, settings, options.out, options.processes)
-        in_processes(train_means, lacking, settings, options.out, options.processes)
-    lines = [line for line in read_lines(options.out, settings) if line["repeat"] < options.repeats]
+        for work, which in ((train_cell, cells), (train_means, lacking)):
+            in_processes(work, which, settings, options.out, options.processes, "outer folds")
+    lines = [
+        line for line in read_lines(options.out, settings, CELL) if line["repeat"] < options.repeats
+    ]
     print(report(lines, settings))
 
 
@@ -93,55 +95,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("nested.jsonl"))
     parser.add_argument("--repeats", type=int, default=10, help="draws of the outer folds")
     parser.add_argument("--outer", type=int, default=5, help="outer folds")
-    parser.add_argument("--trials", type=int, default=24, help="of the random search")
-    parser.add_argument("--epochs", type=int, default=300)
-    parser.add_argument("--finalists", type=int, default=5)
-    parser.add_argument("--folds", type=int, default=5, help="of the finalists")
-    parser.add_argument("--seeds", type=int, default=2, help="of the finalists")
-    parser.add_argument("--members", type=int, default=3, help="finalists in the ensemble")
-    parser.add_argument("--space", default="quick")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--report-only", action="store_true")
+    add_selection_options(parser)
     return parser.parse_args()
-
-
-def read_lines(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the finished cells of a file; a last line that was cut off is none."""
-    lines: dict[tuple[int, int], dict[str, Any]] = {}
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if line["settings"] != dict(settings):
-            raise SystemExit(f"{path}: made with {line['settings']}; give another --out")
-        cell = line["repeat"], line["fold"]
-        if "added" in line:
-            lines[cell]["predictions"] |= line["added"]
-        else:
-            lines[cell] = line
-    return list(lines.values())
-
-
-def in_processes(
-    work: Callable[..., dict[str, Any]],
-    cells: Sequence[tuple[Any, ...]],
-    settings: Mapping[str, Any],
-    out: Path,
-    processes: int,
-) -> None:
-    """Do the work of every cell, each in one process, and append its line when it is done."""
-    context = multiprocessing.get_context("spawn")
-    began = time.perf_counter()
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        waiting = [pool.submit(work, dict(settings), *cell) for cell in cells]
-        for done, future in enumerate(as_completed(waiting), start=1):
-            append_line(out, json.dumps(future.result()))
-            pace = (time.perf_counter() - began) / done
-            left = pace * (len(cells) - done)
-            print(f"{done} of {len(cells)} outer folds, about {left:.0f} s left", flush=True)
-    if cells:
-        print(flush=True)
 
 
 # --- one outer fold ------------------------------------------------------------------------------
@@ -169,17 +124,11 @@ def train_means(
     settings: Mapping[str, Any], repeat: int, fold: int, winner: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Fit the winner that an outer fold's line names, and the default, with several seeds."""
-    from desisky_tune.search.folds import finalist_arrays
     from desisky_tune.search.space import default_configuration
 
     with a_cell(repeat, fold, settings) as cell:
         configurations = {0: dict(winner), 1: default_configuration()}
-        records = cell.train(
-            configurations,
-            finalist_arrays(cell.run),
-            cell.finalist_members,
-            cell.run.folder.finalists,
-        )
+        records = cell.on_folds(configurations, cell.run.folder.finalists)
         added = cell.means(dict(zip(("winner", "default"), records, strict=True)))
     return {"repeat": repeat, "fold": fold, "settings": dict(settings), "added": rounded(added)}
 
@@ -187,13 +136,8 @@ def train_means(
 @contextmanager
 def a_cell(repeat: int, fold: int, settings: Mapping[str, Any]) -> Iterator[Cell]:
     """Yield a cell in a folder of its own."""
-    import os
-
-    from desisky_tune.search.local import process_environment
-
-    os.environ.update(process_environment(gpu=False))
-    with tempfile.TemporaryDirectory(prefix="desisky-tune-nested-") as folder:
-        yield Cell(Path(folder), repeat, fold, settings)
+    with own_folder("nested") as folder:
+        yield Cell(folder, repeat, fold, settings)
 
 
 def rounded(predictions: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -209,36 +153,25 @@ def outer_fold(
     return make_folds(frame, np.arange(len(frame)), folds=settings["outer"], seed=repeat)[fold]
 
 
-class Cell:
+class Cell(Stages):
     """A search on the nights of one outer fold's complement."""
 
     def __init__(self, folder: Path, repeat: int, fold: int, settings: Mapping[str, Any]) -> None:
         from desisky_tune.data.splits import Split
         from desisky_tune.search.folder import RunFolder
         from desisky_tune.search.origin import SearchRun, write_run
-        from desisky_tune.search.space import load_spec
 
-        self.seed = 1000 * repeat + fold
+        seed = 1000 * repeat + fold
         self.members = settings["members"]
-        spec = load_spec(
-            settings["space"],
-            (
-                f"search.trials={settings['trials']}",
-                f"training.epochs={settings['epochs']}",
-                f"evaluation.finalists={settings['finalists']}",
-                f"evaluation.finalist_folds={settings['folds']}",
-                f"evaluation.finalist_seeds={settings['seeds']}",
-                "evaluation.final_seeds=1",
-                f"split.seed={self.seed}",
-            ),
-        )
+        spec = selection_spec(settings, seed)
         table = load_features()
         inside, scored = outer_fold(repeat, fold, settings)
         # As in a search of the shipped spaces: a quarter of the rows to choose on.
-        train, validation = make_folds(table.frame, inside, folds=4, seed=self.seed)[0]
-        split = Split(train, validation, scored, NIGHT, self.seed, (0.6, 0.2, 0.2))
-        self.run = SearchRun(RunFolder.create(folder, "cell", exact=True), spec, table, split)
-        write_run(self.run)
+        train, validation = make_folds(table.frame, inside, folds=4, seed=seed)[0]
+        split = Split(train, validation, scored, NIGHT, seed, (0.6, 0.2, 0.2))
+        run = SearchRun(RunFolder.create(folder, "cell", exact=True), spec, table, split)
+        write_run(run)
+        super().__init__(run, seed)
 
     def outcome(self) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]:
         """Return predictions by model, what was promised, and what was chosen."""
@@ -303,83 +236,10 @@ class Cell:
 
     def means(self, records: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Return what fits of several seeds predict, for trials that were measured on folds."""
-        from desisky_tune.inference import Predictor
-        from desisky_tune.search.final_fit import fit_of, write_final_fit
-
-        evaluation = self.run.spec.evaluation.model_copy(update={"final_seeds": MEAN_OF})
-        spec = self.run.spec.model_copy(update={"evaluation": evaluation})
-        run = replace(self.run, spec=spec)
-        found = {}
-        for name, record in records.items():
-            path = run.folder.path / f"{name}-mean.eqx"
-            write_final_fit(run, fit_of(record, {}), path)
-            found[f"{name}_mean"] = Predictor.load(path).predict(self.scored)
-        return found
-
-    @property
-    def finalist_members(self) -> Any:
-        from desisky_tune.search.folds import finalist_members
-
-        return finalist_members(self.run.spec)
-
-    def search(self) -> list[Any]:
-        """Train the documented default and random configurations on the holdout's rows."""
-        import optuna
-
-        from desisky_tune.search.folds import search_arrays
-        from desisky_tune.search.space import default_configuration
-
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        spec = self.run.spec
-        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=self.seed))
-        configurations = [default_configuration()]
-        configurations += [spec.suggest(study.ask()) for _ in range(spec.search.trials - 1)]
-        return self.train(
-            dict(enumerate(configurations)), search_arrays(self.run), (), self.run.folder.ledger
-        )
-
-    def finalists(self, records: list[Any]) -> Any:
-        """Train the finalists and rank them."""
-        from desisky_tune.search.finalists import conclude_finalists, fixed_finalists
-        from desisky_tune.search.folds import finalist_arrays
-
-        finalists = fixed_finalists(self.run, records)
-        self.train(
-            {each.number: each.configuration for each in finalists},
-            finalist_arrays(self.run),
-            self.finalist_members,
-            self.run.folder.finalists,
-        )
-        return conclude_finalists(self.run)
-
-    def train(
-        self, configurations: Mapping[int, Any], arrays: Any, members: Any, ledger: Path
-    ) -> list[Any]:
-        """Train configurations in full, one after another; return their records."""
-        from desisky_tune.search.backend import Assignment
-        from desisky_tune.search.local import LocalBackend
-        from desisky_tune.search.records import Ledger, finish
-
-        training = self.run.spec.training
-        backend = LocalBackend(arrays, training, self.run.folder.trials)
-        records = []
-        for number, configuration in configurations.items():
-            trial = Assignment(
-                number, configuration, training.seed, members, keep_members=bool(members)
-            )
-            result = backend.advance(trial, training.epochs).as_result()
-            backend.release(trial)
-            records.append(
-                finish(
-                    number=number,
-                    configuration=configuration,
-                    result={**result, "members": max(1, len(members))},
-                    max_epochs=training.epochs,
-                    seed=training.seed,
-                )
-            )
-            Ledger(ledger).append(records[-1])
-        return records
+        return {
+            f"{name}_mean": self.mean_fit(name, record).predict(self.scored)
+            for name, record in records.items()
+        }
 
     def transfer(self, scored: Any) -> np.ndarray:
         """Pretrain the documented default on made-up rows, fine-tune it, predict.
@@ -597,14 +457,6 @@ def paired(
         resampled_rmse(each, weights)[:, :, columns].mean(axis=(1, 2)) for each in (one, other)
     ]
     return draws[0] - draws[1], resampled[0] - resampled[1]
-
-
-def t_interval(values: np.ndarray) -> str:
-    """Return the 95 % t interval of a mean as text."""
-    if len(values) < 2:
-        return "-"
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return f"{values.mean() - half:+.4f} to {values.mean() + half:+.4f}"
 
 
 def optimism_table(

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from desisky_tune.data.columns import BANDS, FEATURES
 from desisky_tune.errors import CheckpointError, MissingFileError
@@ -19,6 +21,7 @@ from desisky_tune.inference.ensemble import (
     SIGMAS,
     Calibration,
     coverage_by_fold,
+    quantile_by_night,
     scatter_of,
 )
 from desisky_tune.io import checkpoint_meta, save
@@ -34,7 +37,7 @@ def drawn(rows: int, seed: int, shared: float = 0.2) -> tuple[np.ndarray, np.nda
 
 def test_calibration_finds_the_error_that_all_members_share() -> None:
     residual, scatter = drawn(20_000, seed=1)
-    calibration = Calibration.fit(residual, scatter)
+    calibration = Calibration.fit(residual, scatter, np.arange(20_000))
     np.testing.assert_allclose(calibration.floor, 0.2, rtol=0.03)
     np.testing.assert_array_equal(calibration.factor, 1.0)
     # Half a 90 % interval of a normal distribution is 1.6449 standard deviations.
@@ -45,21 +48,61 @@ def test_calibration_finds_the_error_that_all_members_share() -> None:
 
 def test_members_that_scatter_more_than_they_err_are_scaled_down() -> None:
     residual, scatter = drawn(20_000, seed=2, shared=0.0)
-    calibration = Calibration.fit(0.5 * residual, scatter)
+    calibration = Calibration.fit(0.5 * residual, scatter, np.arange(20_000))
     np.testing.assert_array_equal(calibration.floor, 0.0)
     np.testing.assert_allclose(calibration.factor, 0.5, rtol=0.03)
 
 
 def test_the_interval_covers_what_it_says_on_new_rows() -> None:
-    calibration = Calibration.fit(*drawn(400, seed=3))
+    calibration = Calibration.fit(*drawn(400, seed=3), np.arange(400))
     covered = calibration.covered_90(*drawn(20_000, seed=4)).mean(axis=0)
     # The share on 400 rows has a standard deviation of sqrt(0.9 x 0.1 / 400) = 0.015.
     np.testing.assert_allclose(covered, 0.9, atol=0.05)
     residual, scatter = drawn(2000, seed=5)
-    by_fold = coverage_by_fold(residual, scatter, np.arange(2000) % 5)
+    by_fold = coverage_by_fold(residual, scatter, np.arange(2000) % 5, np.arange(2000))
     for band in BANDS:
         assert by_fold[band] == pytest.approx(0.9, abs=0.03)
-    assert math.isnan(coverage_by_fold(residual, scatter, np.zeros(2000))["g"])
+    assert math.isnan(coverage_by_fold(residual, scatter, np.zeros(2000), np.arange(2000))["g"])
+
+
+def test_with_a_night_a_row_the_quantile_is_that_of_split_conformal_prediction() -> None:
+    values = np.random.default_rng(8).normal(size=(57, 3))
+    # The ceil(0.9 (n + 1))-th smallest (Lei et al. 2018, section 2.2).
+    expected = np.sort(values, axis=0)[math.ceil(0.9 * 58) - 1]
+    np.testing.assert_array_equal(quantile_by_night(values, np.arange(57), 0.9), expected)
+
+
+@given(nights=st.integers(1, 40), rows=st.integers(1, 9), more=st.integers(2, 5))
+def test_more_exposures_of_the_same_nights_promise_no_more(
+    nights: int, rows: int, more: int
+) -> None:
+    values = np.random.default_rng(nights).normal(size=(nights * rows, 2))
+    night = np.repeat(np.arange(nights), rows)
+    once = quantile_by_night(values, night, 0.9)
+    often = quantile_by_night(np.repeat(values, more, axis=0), np.repeat(night, more), 0.9)
+    np.testing.assert_array_equal(once, often)
+
+
+def test_too_few_nights_promise_nothing_and_give_the_largest() -> None:
+    values = np.random.default_rng(10).normal(size=(80, 2))
+    largest = quantile_by_night(values, np.arange(80) % 8, 0.9)
+    np.testing.assert_array_equal(largest, values.max(axis=0))
+
+
+def test_another_night_is_covered_as_promised() -> None:
+    """Exposures of a night err alike: 26 nights, the 27th held against them, many times over."""
+    draw = np.random.default_rng(11)
+    night = np.repeat(np.arange(27), 12)
+    known = night < 26
+    covered = []
+    for _ in range(400):
+        errors = np.abs(draw.normal(size=27)[night] + 0.5 * draw.normal(size=27 * 12))[:, None]
+        limit = quantile_by_night(errors[known], night[known], 0.9)
+        covered.append((errors[~known] <= limit).mean())
+    # At least 90 %; at most two weights of a night more: that at infinity, and a step's. Within
+    # five standard errors of the mean.
+    error = np.std(covered) / math.sqrt(len(covered))
+    assert 0.9 - 5 * error < np.mean(covered) < 0.9 + 2 / 27 + 5 * error
 
 
 def test_scatter_of_one_member_is_none() -> None:

@@ -15,8 +15,15 @@ airglow) is the same error in all of them. On rows that the members did not see,
 calibration makes the mean of sigma^2 that of the squared residuals, band by band: a floor
 is added in quadrature, or, where the members already scatter more than they err, the
 spread is scaled down. A 90 % interval is then ``quantile_90`` times sigma to either side,
-with the quantile of |residual| / sigma over those rows (split conformal prediction, Lei et
+with a quantile of |residual| / sigma over those rows (split conformal prediction, Lei et
 al. 2018, J. Am. Stat. Assoc. 113, 1094).
+
+The interval is for exposures of another night, and those of one night err alike: what counts
+is how many nights there were, N, not how many rows. So a night to come, of mean size, is
+counted with those that were seen, its rows at infinity: the quantile is that of
+0.9 (N + 1) / N of the rows, 93.5 % with 26 nights. For nights of one size this is conformal
+prediction with groups (Lee, Barber & Willett 2023, arXiv:2306.06342): at least 90 % of such
+exposures are held.
 """
 
 from __future__ import annotations
@@ -30,7 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from desisky_tune.data.columns import BANDS, TARGETS
 from desisky_tune.errors import CheckpointError, MissingFileError
@@ -51,6 +58,8 @@ HALF_WIDTHS: tuple[str, ...] = tuple(name.replace("_SPEC", "_PRED_HALF90") for n
 
 #: Below this the quotient of residual and sigma says nothing (mag).
 _LEAST_SIGMA = 1e-6
+#: What a product of a few numbers may be too large by, of a place among the rows.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ class Calibration:
     quantile_90: Floats
 
     @classmethod
-    def fit(cls, residual: Floats, scatter: Floats) -> Calibration:
+    def fit(cls, residual: Floats, scatter: Floats, nights: ArrayLike) -> Calibration:
         """Fit to rows that the members did not see.
 
         Parameters
@@ -81,6 +90,9 @@ class Calibration:
             Mean of the members minus observation (mag), shape ``(n, 4)``.
         scatter
             Standard deviation of the members (mag), shape ``(n, 4)``.
+        nights
+            The night of each row, shape ``(n,)``. With fewer than 9 no quantile promises 90 %;
+            the largest quotient that was seen is taken then.
         """
         missed = (residual**2).mean(axis=0)
         scattered = (scatter**2).mean(axis=0)
@@ -89,9 +101,8 @@ class Calibration:
         factor = np.ones(residual.shape[1])
         factor[too_wide] = np.sqrt(missed[too_wide] / scattered[too_wide])
         unfinished = cls(floor, factor, np.ones(residual.shape[1]))
-        quotient = np.sort(np.abs(residual) / unfinished.sigma(scatter), axis=0)
-        place = min(len(quotient), math.ceil(0.9 * (len(quotient) + 1))) - 1
-        return cls(floor, factor, quotient[place])
+        quotient = np.abs(residual) / unfinished.sigma(scatter)
+        return cls(floor, factor, quantile_by_night(quotient, nights, 0.9))
 
     def sigma(self, scatter: Floats) -> Floats:
         """Return the calibrated standard deviation (mag), shape ``(n, 4)``."""
@@ -127,17 +138,45 @@ class Calibration:
         return cls(*parts)
 
 
-def coverage_by_fold(residual: Floats, scatter: Floats, fold: NDArray[Any]) -> dict[str, float]:
+def quantile_by_night(values: Floats, nights: ArrayLike, level: float) -> Floats:
+    """Return what a share `level` of another night's values should not exceed.
+
+    Of N nights the quantile of ``level * (N + 1) / N`` of the rows; with a night a row it is
+    that of split conformal prediction.
+
+    Parameters
+    ----------
+    values
+        Shape ``(n, k)``.
+    nights
+        The night of each row, shape ``(n,)``.
+    level
+        Between 0 and 1. Beyond N / (N + 1) nothing is promised: the largest value is returned.
+
+    Returns
+    -------
+    ndarray
+        Shape ``(k,)``.
+    """
+    rows, count = len(values), len(np.unique(np.asarray(nights)))
+    place = math.ceil(level * rows * (count + 1) / count - _ROUNDING)
+    return np.asarray(np.sort(values, axis=0)[min(rows, place) - 1])
+
+
+def coverage_by_fold(
+    residual: Floats, scatter: Floats, fold: NDArray[Any], nights: ArrayLike
+) -> dict[str, float]:
     """Return how often the 90 % interval holds the observation, by band.
 
     Each fold's rows are held against a calibration on the other folds alone. With one fold
     there is nothing to hold it against: NaN.
     """
     inside = np.full(residual.shape, np.nan)
+    night = np.asarray(nights)
     for number in np.unique(fold):
         here = fold == number
         if not here.all():
-            others = Calibration.fit(residual[~here], scatter[~here])
+            others = Calibration.fit(residual[~here], scatter[~here], night[~here])
             inside[here] = others.covered_90(residual[here], scatter[here])
     return {band: float(inside[:, place].mean()) for place, band in enumerate(BANDS)}
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from desisky_tune.data.columns import NIGHT
 from desisky_tune.errors import InputError, RunError
 from desisky_tune.files import atomic_folder
 from desisky_tune.inference import Predictor
@@ -67,7 +68,8 @@ def write_ensemble(run: SearchRun, final: Final, count: int, out: Path) -> Path:
     unseen = ensemble_out_of_fold(final, numbers)
     residual = unseen.predictions.mean(axis=0) - unseen.observed
     scatter = scatter_of(unseen.predictions)
-    calibration = Calibration.fit(residual, scatter)
+    nights = run.table.frame[NIGHT].to_numpy()[unseen.rows]
+    calibration = Calibration.fit(residual, scatter, nights)
     header = checkpoint_header(run)
     with atomic_folder(out) as folder:
         names = []
@@ -85,8 +87,9 @@ def write_ensemble(run: SearchRun, final: Final, count: int, out: Path) -> Path:
                 "members": names,
                 "calibration": {
                     **calibration.as_dict(),
-                    "coverage_90": coverage_by_fold(residual, scatter, unseen.fold),
+                    "coverage_90": coverage_by_fold(residual, scatter, unseen.fold, nights),
                     "rows": len(unseen.rows),
+                    "nights": len(np.unique(nights)),
                 },
                 "meta": {
                     **header,
