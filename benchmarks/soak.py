@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,9 @@ TIMES = ("seconds", "started", "ended")
 
 FAULTS = ("driver killed", "driver stopped", "process killed")
 
+#: How a driver may end: done, killed, stopped (also before Python has taken the signal over).
+EXPECTED_CODES = (0, -signal.SIGKILL, RESUME_ME, -signal.SIGTERM)
+
 
 def main() -> int:
     """Run the soak; return the exit code."""
@@ -62,14 +66,17 @@ def main() -> int:
         expected = records_of(runs / "undisturbed")
         while time.monotonic() < deadline:
             name = f"soak-{searches}"
-            inject(runs, name, options, moment, done)
+            lost["wrong exit codes"] += inject(runs, name, options, moment, done)
             found = records_of(runs / name)
             lost.update(compare(found, expected))
             searches += 1
-            print(f"{name}: {len(found)} of {len(expected)} trials; faults so far: {told(done)}")
+            print(
+                f"{name}: {len(found)} of {len(expected)} trials; faults so far: {told(done)}",
+                flush=True,
+            )
     print(f"{searches} searches, faults: {told(done)}")
-    print(f"lost: {told(lost)}")
-    return int(bool(lost))
+    print(f"lost: {told(+lost)}")
+    return int(bool(+lost))
 
 
 def arguments() -> argparse.Namespace:
@@ -92,34 +99,45 @@ def start(runs: Path, name: str, options: argparse.Namespace) -> subprocess.Pope
         sizes = (f"search.trials={options.trials}", f"training.epochs={options.epochs}")
         sets = [word for value in (*OVERRIDES, *sizes) for word in ("--set", value)]
         words = ["search", "quick", *sets, "--runs", str(runs), "--name", name]
-    return subprocess.Popen(
-        [sys.executable, "-m", "desisky_tune", *words],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    with open(log_of(runs, name), "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "desisky_tune", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+        )
+
+
+def log_of(runs: Path, name: str) -> Path:
+    """Where the lines of a search's drivers lie, one after the other."""
+    return runs / f"{name}.log"
 
 
 def inject(
     runs: Path, name: str, options: argparse.Namespace, moment: random.Random, done: Counter[str]
-) -> None:
-    """Take a search to its end with faults on the way."""
+) -> int:
+    """Take a search to its end with faults on the way; return how many exit codes were wrong."""
     driver = start(runs, name, options)
+    wrong = 0
     for _ in range(options.faults):
         try:
             driver.wait(moment.uniform(0.0, options.longest))
         except subprocess.TimeoutExpired:
             fault = moment.choice(FAULTS)
-            if hit(driver, fault, moment):
-                done[fault] += 1
-        if driver.poll() is not None and driver.returncode != 0:
+            done[fault] += hit(driver, fault, moment)
+        if driver.poll() not in (None, 0):
+            wrong += driver.returncode not in EXPECTED_CODES
             driver = start(runs, name, options)
     code = driver.wait()
     if code != 0:
+        wrong += 1
         # A resume without a fault: what fails now is a failure of ours.
         code = start(runs, name, options).wait()
     if code != 0:
+        lines = log_of(runs, name).read_text(errors="replace").splitlines()
+        print("\n".join(lines[-40:]), file=sys.stderr)
         raise SystemExit(f"{name}: the search cannot be finished: exit code {code}")
+    return wrong
 
 
 def hit(driver: subprocess.Popen[bytes], fault: str, moment: random.Random) -> bool:
@@ -128,16 +146,14 @@ def hit(driver: subprocess.Popen[bytes], fault: str, moment: random.Random) -> b
         driver.kill()
     elif fault == "driver stopped":
         driver.send_signal(signal.SIGTERM)
-        code = driver.wait()
-        # Before Python has taken the signal over it ends the process by itself.
-        return code in (RESUME_ME, 0, -signal.SIGTERM)
     else:
-        children = psutil.Process(driver.pid).children(recursive=True)
-        ours = [p for p in children if named(p).startswith(("ray::Engine", "ray::SearchTrial"))]
-        if not ours:
-            return False
-        os.kill(moment.choice(ours).pid, signal.SIGKILL)
-        return True
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            children = psutil.Process(driver.pid).children(recursive=True)
+            ours = [p for p in children if named(p).startswith(("ray::Engine", "ray::SearchTrial"))]
+            if ours:
+                os.kill(moment.choice(ours).pid, signal.SIGKILL)
+                return True
+        return False
     driver.wait()
     return True
 

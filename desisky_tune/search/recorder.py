@@ -139,10 +139,17 @@ class Recorder(Callback):
         self._record(trial, trial.last_result, reason=trial.last_result.get("reason"))
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """Count a death after which Ray Tune starts the trial again by itself."""
+        """Count a death after which Ray Tune starts the trial again by itself.
+
+        Where storage is to blame that would be in vain: the session ends, and waits for it.
+        """
         number, _ = _identity(trial)
         self._stop.ended(number)
-        self._deaths[number] += 1
+        fault = _machine_fault(_reason(trial))
+        if isinstance(fault, StorageError):
+            self.broken = self.broken or fault
+        else:
+            self._deaths[number] += 1
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Record a trial whose process died more often than it may.
@@ -252,8 +259,7 @@ def _identity(trial: Any) -> tuple[int, dict[str, Any]]:
 
 
 def _reason(trial: Any) -> str:
-    error = trial.get_error() if hasattr(trial, "get_error") else None
-    lines = [line.strip() for line in str(error or "").splitlines() if line.strip()]
+    lines = [line.strip() for line in _said_by(trial).splitlines() if line.strip()]
     # Ray Tune numbers the failures of a trial in the file that it keeps of them.
     said = [line for line in lines if not line.startswith("Failure # ")]
     if not said:
@@ -261,6 +267,14 @@ def _reason(trial: Any) -> str:
     # Ray wraps the cause: what was raised stands in the last line, the kind of death in the first.
     text = said[-1] if "Error" in said[-1] else said[0]
     return text[:500]
+
+
+def _said_by(trial: Any) -> str:
+    """Return what Ray Tune wrote down of a trial's failures."""
+    with suppress(OSError, TypeError, AttributeError):
+        # On this machine: the copy in the run's folder comes late, or not at all without storage.
+        return Path(trial.error_file).read_text()
+    return str((trial.get_error() if hasattr(trial, "get_error") else None) or "")
 
 
 def _machine_fault(reason: str) -> StorageError | EngineError | None:

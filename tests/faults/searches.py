@@ -116,6 +116,7 @@ class Command:
             code = self.process.wait(patience)
         except subprocess.TimeoutExpired:
             self.process.kill()
+            self.process.wait()
             raise
         # Processes of a killed driver's Ray hold the pipe a little longer: read what it wrote.
         self._reader.join(20.0)

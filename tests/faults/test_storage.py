@@ -6,7 +6,9 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from desisky_tune.search.events import Event, StorageChanged, TrialReported
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.outages import LATE, Outages
 from desisky_tune.search.patience import check_storage, patiently
+from desisky_tune.search.recorder import Recorder
 from desisky_tune.search.records import TrialRecord
 from desisky_tune.search.run import resume_search, run_search
 
@@ -95,6 +98,32 @@ def test_a_search_waits_for_storage_and_ends_only_when_it_does_not_come_back(
     resume_search(run, on_event=for_a_while)
     assert [event.failing for event in for_a_while.told] == [True, False]
     assert_the_same(assert_nothing_lost(run, spec_of(RANDOM)), undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("said", "ends"),
+    [
+        ("ray::train()\ndesisky_tune.errors.StorageError: cannot write 3.state: no space", True),
+        ("ray::train()\nOSError: [Errno 5] Input/output error", True),
+        ("The actor died unexpectedly before finishing this task.", False),
+    ],
+)
+def test_a_trial_that_storage_failed_is_not_tried_at_once_again(
+    tmp_path: Path, said: str, ends: bool
+) -> None:
+    error_file = tmp_path / "error.txt"
+    error_file.write_text(f"Failure # 1 (occurred at 2021-05-04)\n{said}\n")
+    trial = SimpleNamespace(config={"trial": 3, "width": 8}, error_file=str(error_file))
+    deaths: Counter[int] = Counter()
+    recorder = Recorder(
+        RunFolder(tmp_path), [], total=8, max_epochs=9, max_deaths=2, deaths=deaths, seed=0,
+        emit=[].append,
+    )  # fmt: skip
+    recorder.on_trial_recover(0, [], trial)
+    assert recorder.has_to_end() == ends
+    assert isinstance(recorder.broken, StorageError) == ends
+    # It is none of the trial's own deaths, of which it has few.
+    assert deaths[3] == (0 if ends else 1)
 
 
 class Clock:
