@@ -56,6 +56,8 @@ TUNE_ENVIRONMENT: Mapping[str, str] = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_WARN_THRESHOLD_S": "60",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # Its snapshots hold all trials each time, and nobody reads them: a resume goes by the ledger.
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",
 }
 
 
