@@ -260,8 +260,9 @@ def run_page(page: str, *, torch: bool = False) -> dict[str, Any]:
     return names
 
 
+@pytest.mark.usefixtures("torch_splits")
 def test_training_page_runs(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = run_page("training.md")
+    names = run_page("training.md", torch=True)
     written = {path.stem for path in (desk / CHECKPOINTS).iterdir()}
     assert written == {"my_broadband_model", "my_scaled_model", "clipped", "log_cosh"}
     scaled = read_header(desk / CHECKPOINTS / "my_scaled_model.eqx")
@@ -270,13 +271,7 @@ def test_training_page_runs(desk: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "classical" in capsys.readouterr().out
     inputs, targets, spectra = names["inputs"], names["targets"], names["spectra"]
     assert (inputs.shape[1], targets.shape[1], spectra.shape[1]) == (6, 4, 7781)
-
-
-@pytest.mark.usefixtures("torch_splits")
-def test_training_page_runs_with_torch_splits(desk: Path) -> None:
-    names = run_page("training.md", torch=True)
-    rows = len(names["dataset"])
-    assert len(names["train_set"]) + len(names["test_set"]) == rows
+    assert len(names["train_set"]) + len(names["test_set"]) == len(names["dataset"])
 
 
 def test_checkpoint_page_runs(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:

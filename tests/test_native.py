@@ -88,7 +88,7 @@ def by_hand(layers, arrays, orders, *, batch, rate, delta):
 
 
 @needs_compiler
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     width=sizes,
     depth=st.integers(1, 4),
