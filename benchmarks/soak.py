@@ -75,7 +75,7 @@ def main() -> int:
                 flush=True,
             )
     print(f"{searches} searches, faults: {told(done)}")
-    print(f"lost: {told(+lost)}")
+    print(f"lost: {told(lost)}")
     return int(bool(+lost))
 
 
@@ -191,7 +191,7 @@ def compare(found: dict[Any, Any], expected: dict[Any, Any]) -> Counter[str]:
 
 def told(counts: Counter[str]) -> str:
     """Return counts in a line."""
-    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "nothing"
+    return ", ".join(f"{count} {name}" for name, count in sorted((+counts).items())) or "nothing"
 
 
 if __name__ == "__main__":

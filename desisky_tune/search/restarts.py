@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import DatabaseError
 
 from desisky_tune.errors import DesiskyTuneError, StorageError, StorageLostError
@@ -14,6 +17,14 @@ from desisky_tune.search.stopping import StopRequest
 
 #: Sessions in a row that storage may end without one more trial in the ledger.
 FRUITLESS_RESTARTS = 5
+
+#: Faults of storage in what Ray Tune raises: the text of a traceback, without its exceptions.
+_IN_TEXT = re.compile(
+    r"^(sqlite3|sqlalchemy\.exc)\.(Operational|Database)Error: "
+    r"|^optuna\.exceptions\.StorageInternalError: "
+    r"|^desisky_tune\.errors\.StorageError: ",
+    re.MULTILINE,
+)
 
 
 class Restarts:
@@ -71,10 +82,12 @@ class Restarts:
         self._emit(Note("storage ended a session: the search goes on from its ledger"))
 
     def _is_storage(self, fault: Exception) -> bool:
-        if isinstance(fault, StorageError | DatabaseError):
+        if isinstance(fault, StorageError | DatabaseError | StorageInternalError):
             return True
         if isinstance(fault, DesiskyTuneError):
             return False
+        if _IN_TEXT.search(str(fault)):
+            return True
         try:
             self._check()
         except OSError:

@@ -114,7 +114,8 @@ def stop_signals() -> Iterator[StopRequest]:
     Raises
     ------
     SearchInterrupted
-        In place of a bare KeyboardInterrupt from inside.
+        In place of a bare KeyboardInterrupt from inside, and of the SystemExit that Ray's own
+        handler of SIGTERM raises while Ray starts.
     """
     request = StopRequest()
     in_main = threading.current_thread() is threading.main_thread()
@@ -126,6 +127,11 @@ def stop_signals() -> Iterator[StopRequest]:
         raise
     except KeyboardInterrupt as stop:
         raise request.interruption() from stop
+    except SystemExit as end:
+        if end.code != signal.SIGTERM:
+            raise
+        request.asked = request.asked or signal.SIGTERM
+        raise request.interruption() from end
     finally:
         for number, handler in before.items():
             # None: a handler that was not set from Python, and cannot be set from it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -53,6 +54,23 @@ def test_before_the_run_there_is_nothing_to_resume() -> None:
     ):
         os.kill(os.getpid(), signal.SIGTERM)
     assert stop.value.exit_code == RESUME_ME
+
+
+def test_while_ray_starts_sigterm_is_rays_and_means_the_same() -> None:
+    def start() -> None:
+        # So `ray.init` answers it until the search takes the signal back.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SearchInterrupted, match="SIGTERM") as stop, stop_signals():
+        start()
+    assert stop.value.exit_code == RESUME_ME
+
+
+def test_another_exit_stays_what_it_is() -> None:
+    with pytest.raises(SystemExit) as end, stop_signals():
+        sys.exit(3)
+    assert end.value.code == 3
 
 
 def test_the_handlers_before_come_back() -> None:

@@ -23,7 +23,9 @@ from desisky_tune.search.outages import LATE, Outages
 from desisky_tune.search.patience import check_storage, patiently
 from desisky_tune.search.recorder import Recorder
 from desisky_tune.search.records import TrialRecord
+from desisky_tune.search.restarts import Restarts
 from desisky_tune.search.run import resume_search, run_search
+from desisky_tune.search.stopping import StopRequest
 
 
 class Outage:
@@ -124,6 +126,27 @@ def test_a_trial_that_storage_failed_is_not_tried_at_once_again(
     assert isinstance(recorder.broken, StorageError) == ends
     # It is none of the trial's own deaths, of which it has few.
     assert deaths[3] == (0 if ends else 1)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        "sqlalchemy.exc.OperationalError: (sqlite3.OperationalError) readonly database",
+        "optuna.exceptions.StorageInternalError: An exception is raised during the commit.",
+        "desisky_tune.errors.StorageError: cannot write 3.state: no space",
+    ],
+)
+def test_what_storage_raised_inside_ray_tune_is_known_when_it_is_back(
+    tmp_path: Path, last: str
+) -> None:
+    """Ray Tune raises the text of a traceback in place of what its callbacks raise."""
+    (tmp_path / "search.json").write_text("{}")
+    said: list[Event] = []
+    restarts = Restarts(RunFolder(tmp_path), said.append, StopRequest(), Outages(said.append))
+    restarts.after(RuntimeError(f"Traceback (most recent call last):\n  File x\n{last}"))
+    assert len(said) == 1
+    with pytest.raises(RuntimeError, match="a bug"):
+        restarts.after(RuntimeError("a bug"))
 
 
 class Clock:
