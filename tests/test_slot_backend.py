@@ -315,7 +315,7 @@ def test_trainings_of_one_shape_follow_from_the_settings():
 
 def test_a_gpus_engine_trains_in_slots(arrays, tmp_path):
     work = Work("run", TRAINING, tmp_path, {}, trainings=1)
-    backend = make_backend("gpu", work, arrays)
+    backend = make_backend("gpu", 1, work, arrays)
     assert backend.advance(trial(), 2).epochs == 2
     assert backend.lanes == 1
     spent = backend.meter.seconds()
