@@ -225,12 +225,6 @@ def test_a_driver_killed_before_its_first_trial_began_loses_none(
     assert result.records[0].configuration["width"] == 128
 
 
-def test_only_the_documented_default_is_called_so(ray_instance: Any, tmp_path: Path) -> None:
-    spec = small(*ALONE, "search.default_first=false", "search.trials=2", "search.scheduler=none")
-    result = run_search(spec, runs=tmp_path, name="own")
-    assert set(result.evaluation["figures"]) - {"trees"} == {"winner", "classical", "constant"}
-
-
 @pytest.mark.parametrize(
     ("features", "message"),
     [
@@ -314,11 +308,13 @@ def test_a_killed_trial_process_loses_nothing(ray_instance: Any, tmp_path: Path)
             os.kill(victims[0], signal.SIGKILL)
             killed.append(victims[0])
 
-    spec = small(*RANDOM)
+    spec = small(*RANDOM, "search.default_first=false")
     result = run_search(spec, runs=tmp_path, name="shot", on_event=kill_once)
     assert killed
     assert [record.number for record in result.records] == list(range(6))
     assert {record.state for record in result.records} == {"COMPLETE"}
+    # Only the documented default is called so.
+    assert set(result.evaluation["figures"]) - {"trees"} == {"winner", "classical", "constant"}
 
 
 def trial_processes() -> list[int]:
