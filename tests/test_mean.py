@@ -24,7 +24,7 @@ def network(width: int, depth: int, seed: int, inputs: int = 6) -> Any:
     shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=5),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_it_gives_the_mean_of_its_members(shapes: list[tuple[int, int]], seed: int) -> None:
     members = [network(*shape, seed + number) for number, shape in enumerate(shapes)]
     inputs = np.random.default_rng(seed).normal(size=(7, 6)).astype(np.float32)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -246,56 +244,6 @@ def test_more_than_the_machine_has_is_refused(ray_instance: Any, tmp_path: Path)
 
 
 RANDOM = ("search.sampler=random", "search.scheduler=none", "search.trials=6")
-DRIVER = """
-import sys
-from desisky_tune.errors import SearchInterrupted
-from desisky_tune.search.run import run_search
-from desisky_tune.search.space import load_spec
-from desisky_tune.search.events import TrialFinished
-def tell(event):
-    if isinstance(event, TrialFinished):
-        print("finished", event.done, flush=True)
-spec = load_spec("quick", overrides=tuple(sys.argv[2:]))
-if __name__ == "__main__":
-    try:
-        run_search(spec, runs=sys.argv[1], name="cut", on_event=tell)
-    except SearchInterrupted as stop:
-        print(stop, flush=True)
-        sys.exit(130)
-"""
-
-
-def start_driver(tmp_path: Path, *overrides: str) -> subprocess.Popen[str]:
-    script = tmp_path / "driver.py"
-    script.write_text(DRIVER)
-    return subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path), *SMALL, *overrides],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "PYTHONWARNINGS": "ignore"},
-    )
-
-
-def after_finished(driver: subprocess.Popen[str], count: int) -> None:
-    assert driver.stdout is not None
-    for line in driver.stdout:
-        if line.startswith("finished") and int(line.split()[1]) >= count:
-            return
-    raise AssertionError(f"the driver ended before {count} trials: {driver.wait()}")
-
-
-def test_ctrl_c_leaves_a_run_that_resumes(ray_instance: Any, tmp_path: Path) -> None:
-    driver = start_driver(tmp_path, *RANDOM, "training.epochs=1000")
-    after_finished(driver, 2)
-    driver.send_signal(signal.SIGINT)
-    out, _ = driver.communicate(timeout=120)
-    assert driver.returncode == 130
-    assert "desisky-tune resume" in out
-    done = len(Ledger(tmp_path / "cut" / "ledger.jsonl").records())
-    assert done < 6
-    resumed = resume_search(tmp_path / "cut")
-    assert [record.number for record in resumed.records] == list(range(6))
 
 
 def test_a_killed_trial_process_loses_nothing(ray_instance: Any, tmp_path: Path) -> None:
