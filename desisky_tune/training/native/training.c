@@ -10,9 +10,9 @@
 
    With that the three products of a layer are sums of (number) x (vector of 16) over operands as
    they lie: forward  unit[j] += W[k][j] unit[k];  backward  signal[k] += W[k][j] signal[j];
-   gradient  G[.][j] += signal[j] units[.].  A tile of TALL rows by one panel stays in registers
-   over the whole sum, and what follows the sum (bias and ReLU; the mask; Adam) is done to the
-   tile before it is written: no gradient ever goes to memory.
+   gradient  G[.][j] += signal[j] units[.].  A tile of TALL rows by SIDE panels stays in registers
+   over the whole sum, and what follows the sum is done to it there (bias and ReLU; the mask) or
+   at once (Adam): no gradient ever goes to memory.
 
    A unit that is zero for a whole batch (in the last layers of a trained model every fourth) is
    left out of all three: what it is multiplied with adds nothing.
@@ -33,6 +33,7 @@
 #if defined(__AVX512F__)
 #define LANES 16
 #define TALL 12
+#define SIDE 2 /* 24 of 32 registers; with 12 each sum would wait for its loads */
 #elif defined(__AVX__)
 #define LANES 8
 #define TALL 6
@@ -43,7 +44,13 @@
 #define LANES 4
 #define TALL 2
 #endif
+#ifndef SIDE
+#define SIDE 1
+#endif
+/* Vectors in a panel, and in a tile's row; where the vectors of a row lie, its panels `apart`. */
 #define PARTS (PANEL / LANES)
+#define WIDE (SIDE * PARTS)
+#define PART(p, apart) ((p) / PARTS * (apart) + (p) % PARTS * LANES)
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
@@ -151,56 +158,58 @@ typedef struct {
 } Live;
 
 /* sum[r] += numbers[r] x vectors over the live inputs of a layer; the numbers of a row are its
-   weights, the rows 16 apart. */
-INLINE void sum_inputs(vec sum[TALL][PARTS], const int tall, const float *numbers,
-                       const Live *live, const float *vectors) {
+   weights, the rows 16 apart. `wide` vectors, those of the second panel `apart`. */
+INLINE void sum_inputs(vec sum[TALL][WIDE], const int tall, const int wide,
+                       const float *numbers, const Live *live, const float *vectors, int64_t apart) {
     for (int64_t start = 0; start < live->count; start += PANEL) {
         const int64_t end = smaller(start + PANEL, live->count);
         const float *ahead = numbers + live->weight[smaller(end, live->count - 1)] / PANEL * PANEL;
         UNROLL for (int r = 0; r < tall; r++) __builtin_prefetch(ahead + r * PANEL);
         for (int64_t i = start; i < end; i++) {
             const float *at = vectors + live->row[i], *number = numbers + live->weight[i];
-            vec b[PARTS];
-            UNROLL for (int p = 0; p < PARTS; p++) b[p] = load(at + p * LANES);
+            vec b[WIDE];
+            UNROLL for (int p = 0; p < wide; p++) b[p] = load(at + PART(p, apart));
             UNROLL for (int r = 0; r < tall; r++) {
                 const vec a = spread(number[r * PANEL]);
-                UNROLL for (int p = 0; p < PARTS; p++) sum[r][p] += a * b[p];
+                UNROLL for (int p = 0; p < wide; p++) sum[r][p] += a * b[p];
             }
         }
     }
 }
 
 /* The same over the live units of a layer; the numbers of row r begin at rows[r]. */
-INLINE void sum_units(vec sum[TALL][PARTS], const int tall, const float *const *rows,
-                      const Live *live, const float *vectors) {
+INLINE void sum_units(vec sum[TALL][WIDE], const int tall, const int wide,
+                      const float *const *rows, const Live *live, const float *vectors,
+                      int64_t apart) {
     for (int64_t i = 0; i < live->count; i++) {
         const int64_t at = live->row[i];
-        vec b[PARTS];
-        UNROLL for (int p = 0; p < PARTS; p++) b[p] = load(vectors + at + p * LANES);
+        vec b[WIDE];
+        UNROLL for (int p = 0; p < wide; p++) b[p] = load(vectors + at + PART(p, apart));
         UNROLL for (int r = 0; r < tall; r++) {
             const vec a = spread(rows[r][at]);
-            UNROLL for (int p = 0; p < PARTS; p++) sum[r][p] += a * b[p];
+            UNROLL for (int p = 0; p < wide; p++) sum[r][p] += a * b[p];
         }
     }
 }
 
 /* The same over a batch of `count` exposures, in panels `block` floats apart. */
-INLINE void sum_batch(vec sum[TALL][PARTS], const int tall, const float *const *rows,
-                      int64_t block, int64_t count, const float *vectors) {
+INLINE void sum_batch(vec sum[TALL][WIDE], const int tall, const int wide,
+                      const float *const *rows, int64_t block, int64_t count,
+                      const float *vectors, int64_t apart) {
     for (int64_t start = 0, at = 0; start < count; start += PANEL, at += block) {
         const int64_t terms = smaller(PANEL, count - start);
         for (int64_t k = at; k < at + terms; k++, vectors += PANEL) {
-            vec b[PARTS];
-            UNROLL for (int p = 0; p < PARTS; p++) b[p] = load(vectors + p * LANES);
+            vec b[WIDE];
+            UNROLL for (int p = 0; p < wide; p++) b[p] = load(vectors + PART(p, apart));
             UNROLL for (int r = 0; r < tall; r++) {
                 const vec a = spread(rows[r][k]);
-                UNROLL for (int p = 0; p < PARTS; p++) sum[r][p] += a * b[p];
+                UNROLL for (int p = 0; p < wide; p++) sum[r][p] += a * b[p];
             }
         }
     }
 }
 
-/* Call TILE(tall, from) for rows 0..n-1 in tiles of nearly equal height, at most TALL. */
+/* Call TILE(tall) for rows 0..n-1 in tiles of nearly equal height, at most TALL, and then AFTER. */
 #define CASE(TILE, height) \
     case height:           \
         TILE(height);      \
@@ -216,10 +225,11 @@ INLINE void sum_batch(vec sum[TALL][PARTS], const int tall, const float *const *
 #else
 #define MIDDLE(TILE)
 #endif
-#define BY_TILES(n, TILE)                                                   \
+#define BY_TILES(n, TILE, AFTER)                                                   \
     for (int64_t from = 0, left = (n), tiles = ((n) + TALL - 1) / TALL; left > 0; tiles--) { \
         const int64_t height = (left + tiles - 1) / tiles;                  \
         switch (height) { CASE(TILE, 1) CASE(TILE, 2) MIDDLE(TILE) HIGHER(TILE) } \
+        AFTER                                                               \
         from += height;                                                     \
         left -= height;                                                     \
     }
@@ -232,90 +242,150 @@ typedef struct {
     float *bias, *bias1, *bias2;       /* [J], padded to 16 */
 } Layer;
 
-/* out = W in + bias (max 0 where `relu`), for one panel of the batch. */
-static void forward(const Layer *layer, const Live *inputs, const float *in, float *out, int relu) {
+/* out = W in + bias (max 0 where `relu`), for `wide` vectors of the batch. */
+INLINE void forward_wide(const Layer *layer, const Live *inputs, const float *in, float *out,
+                         int relu, int64_t in_apart, int64_t out_apart, const int wide) {
 #define TILE(tall)                                                                       \
     {                                                                                    \
-        vec sum[TALL][PARTS];                                                            \
+        vec sum[TALL][WIDE];                                                            \
         UNROLL for (int r = 0; r < tall; r++)                                            \
-            UNROLL for (int p = 0; p < PARTS; p++) sum[r][p] = spread(layer->bias[from + r]); \
-        sum_inputs(sum, tall, layer->weight + from * PANEL, inputs, in);                 \
-        UNROLL for (int r = 0; r < tall; r++) UNROLL for (int p = 0; p < PARTS; p++) {   \
+            UNROLL for (int p = 0; p < wide; p++) sum[r][p] = spread(layer->bias[from + r]); \
+        sum_inputs(sum, tall, wide, layer->weight + from * PANEL, inputs, in, in_apart); \
+        UNROLL for (int r = 0; r < tall; r++) UNROLL for (int p = 0; p < wide; p++) {    \
             vec value = sum[r][p];                                                       \
             if (relu) value = (vec)((ivec)value & ~(value < 0));                         \
-            store(out + (from + r) * PANEL + p * LANES, value);                          \
+            store(out + (from + r) * PANEL + PART(p, out_apart), value);                          \
         }                                                                                \
     }
-    BY_TILES(layer->units, TILE)
+    BY_TILES(layer->units, TILE, )
 #undef TILE
 }
 
-/* out = W^T in, zero where `units` is, for one panel of the batch. */
-static void backward(const Layer *layer, const Live *inputs, const Live *outputs, const float *in,
-                     const float *units, float *out) {
+/* The same for a batch. */
+static void forward(const Layer *layer, const Live *inputs, const float *in, float *out, int relu,
+                    int64_t panels) {
+    const int64_t in_apart = unit_pitch(layer->inputs) * PANEL;
+    const int64_t out_apart = unit_pitch(layer->units) * PANEL;
+    for (; panels >= SIDE; panels -= SIDE, in += SIDE * in_apart, out += SIDE * out_apart)
+        forward_wide(layer, inputs, in, out, relu, in_apart, out_apart, WIDE);
+    if (SIDE > 1 && panels) forward_wide(layer, inputs, in, out, relu, in_apart, out_apart, PARTS);
+}
+
+/* out = W^T in, zero where `units` is, for `wide` vectors of the batch. */
+INLINE void backward_wide(const Layer *layer, const Live *inputs, const Live *outputs,
+                          const float *in, const float *units, float *out, int64_t in_apart,
+                          int64_t out_apart, const int wide) {
 #define TILE(tall)                                                                        \
     {                                                                                     \
-        vec sum[TALL][PARTS];                                                             \
+        vec sum[TALL][WIDE];                                                             \
         const float *rows[TALL];                                                          \
         UNROLL for (int r = 0; r < tall; r++) {                                           \
             rows[r] = layer->weight + inputs->weight[from + r];                           \
-            UNROLL for (int p = 0; p < PARTS; p++) sum[r][p] = spread(0);                 \
+            UNROLL for (int p = 0; p < wide; p++) sum[r][p] = spread(0);                  \
         }                                                                                 \
-        sum_units(sum, tall, rows, outputs, in);                                          \
-        UNROLL for (int r = 0; r < tall; r++) UNROLL for (int p = 0; p < PARTS; p++) {    \
-            const int64_t at = inputs->row[from + r] + p * LANES;                         \
+        sum_units(sum, tall, wide, rows, outputs, in, in_apart);                          \
+        UNROLL for (int r = 0; r < tall; r++) UNROLL for (int p = 0; p < wide; p++) {     \
+            const int64_t at = inputs->row[from + r] + PART(p, out_apart);                \
             store(out + at, (vec)((ivec)sum[r][p] & (load(units + at) > 0)));             \
         }                                                                                 \
     }
-    BY_TILES(inputs->count, TILE)
+    BY_TILES(inputs->count, TILE, )
 #undef TILE
     for (int64_t i = inputs->count; i < inputs->all; i++)
-        memset(out + inputs->row[i], 0, PANEL * sizeof(float));
+        UNROLL for (int p = 0; p < wide; p++) store(out + inputs->row[i] + PART(p, out_apart), spread(0));
 }
 
-#define UPDATE_TILE(tall, plain)                                                         \
-    UNROLL for (int r = 0; r < tall; r++) UNROLL for (int p = 0; p < PARTS; p++) {       \
-        const int64_t at = corner + live->row[from + r] + p * LANES;                     \
-        adam(layer->weight + at, layer->weight1 + at, layer->weight2 + at, sum[r][p], by, plain); \
+/* The same for a batch. */
+static void backward(const Layer *layer, const Live *inputs, const Live *outputs, const float *in,
+                     const float *units, float *out, int64_t panels) {
+    const int64_t in_apart = unit_pitch(layer->units) * PANEL;
+    const int64_t out_apart = unit_pitch(layer->inputs) * PANEL;
+    for (; panels >= SIDE; panels -= SIDE) {
+        backward_wide(layer, inputs, outputs, in, units, out, in_apart, out_apart, WIDE);
+        in += SIDE * in_apart, units += SIDE * out_apart, out += SIDE * out_apart;
     }
+    if (SIDE > 1 && panels)
+        backward_wide(layer, inputs, outputs, in, units, out, in_apart, out_apart, PARTS);
+}
 
-/* Update the weights: gradient [K / 16][J][16] = sum over the batch of signal x units; it is zero
-   for idle units, whose moments fade. */
-static void update(Layer *layer, const Live *live, const float *signal, int64_t stride,
-                   const float *units, int64_t rows, int64_t padded, Rates by) {
-    for (int64_t panel = 0; panel * PANEL < layer->inputs; panel++) {
-        const float *column = units + panel * padded * PANEL;
-        const int64_t corner = panel * weight_pitch(layer->units) * PANEL;
-#define TILE(tall)                                                                       \
-    {                                                                                    \
-        vec sum[TALL][PARTS];                                                            \
-        const float *line[TALL];                                                         \
-        UNROLL for (int r = 0; r < tall; r++) {                                          \
-            const int64_t row = live->row[from + r];                                     \
-            line[r] = signal + row;                                                      \
-            UNROLL for (int p = 0; p < PARTS; p++) sum[r][p] = spread(0);                \
-            __builtin_prefetch(layer->weight1 + corner + row, 1);                        \
-            __builtin_prefetch(layer->weight2 + corner + row, 1);                        \
-            __builtin_prefetch(layer->weight + corner + row, 1);                         \
-        }                                                                                \
-        sum_batch(sum, tall, line, stride, rows, column);                                \
-        if (by.plain)                                                                    \
-            UPDATE_TILE(tall, 1)                                                         \
-        else                                                                             \
-            UPDATE_TILE(tall, 0)                                                         \
+/* The gradient of `tall` live units by `wide` vectors of inputs, summed over a batch. */
+INLINE void make_gradient(float *made, const int tall, const int wide, const int64_t *row,
+                          const float *signal, int64_t stride, int64_t rows, const float *column,
+                          int64_t apart) {
+    vec sum[TALL][WIDE];
+    const float *line[TALL];
+    UNROLL for (int r = 0; r < tall; r++) {
+        line[r] = signal + row[r];
+        UNROLL for (int p = 0; p < wide; p++) sum[r][p] = spread(0);
     }
-        BY_TILES(live->count, TILE)
+    sum_batch(sum, tall, wide, line, stride, rows, column, apart);
+    UNROLL for (int r = 0; r < tall; r++)
+        UNROLL for (int p = 0; p < wide; p++) store(made + (r * WIDE + p) * LANES, sum[r][p]);
+}
+
+/* Step along a gradient that `make_gradient` made, into the weights from `corner` on. */
+INLINE void follow(Layer *layer, const float *made, int64_t tall, int64_t wide, const int64_t *row,
+                   int64_t corner, int64_t across, Rates by, const int plain) {
+    for (int64_t r = 0; r < tall; r++)
+        for (int64_t p = 0; p < wide; p++) {
+            const int64_t at = corner + row[r] + PART(p, across);
+            adam(layer->weight + at, layer->weight1 + at, layer->weight2 + at,
+                 load(made + (r * WIDE + p) * LANES), by, plain);
+        }
+}
+
+/* Update the weights of `wide` vectors of inputs: see `update`. */
+INLINE double update_wide(Layer *layer, const Live *live, const float *signal, int64_t stride,
+                          int64_t rows, const float *column, int64_t apart, int64_t corner,
+                          const Rates *by, const int wide) {
+    const int64_t across = weight_pitch(layer->units) * PANEL;
+    float made[TALL * WIDE * LANES] __attribute__((aligned(64)));
+    double squares[SIDE] = {0}, all = 0;
+#define TILE(tall)                                                                        \
+    make_gradient(made, tall, wide, live->row + from, signal, stride, rows, column, apart);
+#define SINK                                                                              \
+    if (!by)                                                                              \
+        for (int64_t i = 0; i < height * WIDE * LANES; i++) {                             \
+            if (i / LANES % WIDE < wide)                                                  \
+                squares[i / PANEL % SIDE] += (double)made[i] * (double)made[i];           \
+        }                                                                                 \
+    else if (by->plain)                                                                   \
+        follow(layer, made, height, wide, live->row + from, corner, across, *by, 1);      \
+    else                                                                                  \
+        follow(layer, made, height, wide, live->row + from, corner, across, *by, 0);
+    BY_TILES(live->count, TILE, SINK)
 #undef TILE
+#undef SINK
+    for (int side = 0; side < SIDE; side++) all += squares[side];
+    if (by)
         for (int64_t i = live->count; i < live->all; i++)
-            for (int p = 0; p < PARTS; p++) {
-                const int64_t at = corner + live->row[i] + p * LANES;
+            for (int p = 0; p < wide; p++) {
+                const int64_t at = corner + live->row[i] + PART(p, across);
                 float *m = layer->weight1 + at, *v = layer->weight2 + at;
-                if (by.plain && !some(load(m) != 0)) /* faded: a step of 0 */
+                if (by->plain && !some(load(m) != 0)) /* faded: a step of 0 */
                     store(v, BETA2 * load(v));
                 else
-                    adam(layer->weight + at, m, v, spread(0), by, 0);
+                    adam(layer->weight + at, m, v, spread(0), *by, 0);
             }
-    }
+    return all;
+}
+
+/* Update the weights: gradient [K / 16][J][16] = sum over the batch of signal x units; it is zero
+   for idle units, whose moments fade. Without `by` nothing changes, and the sum of the gradient's
+   squares is returned. */
+static double update(Layer *layer, const Live *live, const float *signal, int64_t stride,
+                     int64_t rows, const float *units, int64_t padded, const Rates *by) {
+    const int64_t apart = padded * PANEL, across = weight_pitch(layer->units) * PANEL;
+    const int64_t panels = (layer->inputs + PANEL - 1) / PANEL;
+    double squares = 0;
+    int64_t panel = 0;
+    for (; panel + SIDE <= panels; panel += SIDE)
+        squares += update_wide(layer, live, signal, stride, rows, units + panel * apart, apart,
+                               panel * across, by, WIDE);
+    if (SIDE > 1 && panel < panels)
+        squares += update_wide(layer, live, signal, stride, rows, units + panel * apart, apart,
+                               panel * across, by, PARTS);
+    return squares;
 }
 
 /* Transpose a block of 16 x 16. */
@@ -366,28 +436,9 @@ static void update_bias(Layer *layer, const float *signal, int64_t stride, int64
     }
 }
 
-/* The sum of squares of the gradient that `update` and `update_bias` take: as numbers, tile by
-   tile, nothing is written. */
-static double gradient_squares(const Layer *layer, const Live *live, const float *signal,
-                               int64_t stride, const float *units, int64_t rows, int64_t padded) {
+/* The sum of squares of the gradient that `update_bias` takes. */
+static double bias_squares(const Layer *layer, const float *signal, int64_t stride, int64_t rows) {
     double squares = 0;
-    for (int64_t panel = 0; panel * PANEL < layer->inputs; panel++) {
-        const float *column = units + panel * padded * PANEL;
-#define TILE(tall)                                                                       \
-    {                                                                                    \
-        vec sum[TALL][PARTS];                                                            \
-        const float *line[TALL];                                                         \
-        UNROLL for (int r = 0; r < tall; r++) {                                          \
-            line[r] = signal + live->row[from + r];                                      \
-            UNROLL for (int p = 0; p < PARTS; p++) sum[r][p] = spread(0);                \
-        }                                                                                \
-        sum_batch(sum, tall, line, stride, rows, column);                                \
-        UNROLL for (int r = 0; r < tall; r++) UNROLL for (int p = 0; p < PARTS; p++)     \
-            for (int i = 0; i < LANES; i++) squares += (double)sum[r][p][i] * (double)sum[r][p][i]; \
-    }
-        BY_TILES(live->count, TILE)
-#undef TILE
-    }
     for (int64_t unit = 0; unit < layer->units; unit++) {
         double bias = 0;
         for (int64_t row = 0; row < rows; row++)
@@ -551,10 +602,8 @@ static void find_live(Live *live, const float *units, int64_t panels, int64_t pi
 static void run_forward(const Training *t, Scratch *s, int64_t panels) {
     for (int64_t layer = 0; layer <= t->depth; layer++) {
         const Layer *l = s->layers + layer;
-        const int64_t in = unit_pitch(l->inputs) * PANEL, out = unit_pitch(l->units) * PANEL;
         float *to = layer == t->depth ? s->output : s->units[layer + 1];
-        for (int64_t panel = 0; panel < panels; panel++)
-            forward(l, s->live + layer, s->units[layer] + panel * in, to + panel * out, layer < t->depth);
+        forward(l, s->live + layer, s->units[layer], to, layer < t->depth, panels);
         if (layer < t->depth && l->inputs + 2 * l[1].units >= WORTH)
             find_live(s->live + layer + 1, to, panels, weight_pitch(l[1].units));
     }
@@ -629,16 +678,15 @@ static double backpropagate(const Training *t, Scratch *s, int64_t count, const 
     double squares = 0;
     for (int64_t layer = t->depth; layer >= 0; layer--) {
         Layer *l = s->layers + layer;
-        const int64_t in = unit_pitch(l->inputs) * PANEL, out = unit_pitch(l->units) * PANEL;
+        const int64_t out = unit_pitch(l->units) * PANEL;
         if (layer > 0)
-            for (int64_t panel = 0; panel < panels; panel++)
-                backward(l, s->live + layer, s->live + layer + 1, signal + panel * out, s->units[layer] + panel * in, next + panel * in);
+            backward(l, s->live + layer, s->live + layer + 1, signal, s->units[layer], next, panels);
         const float *columns = turn(s, layer, l->inputs, panels);
-        if (by) {
-            update(l, s->live + layer + 1, signal, out, columns, count, padded, *by);
+        squares += update(l, s->live + layer + 1, signal, out, count, columns, padded, by);
+        if (by)
             update_bias(l, signal, out, panels, *by);
-        } else
-            squares += gradient_squares(l, s->live + layer + 1, signal, out, columns, count, padded);
+        else
+            squares += bias_squares(l, signal, out, count);
         float *swap = signal;
         signal = next, next = swap;
     }
