@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +116,33 @@ class Stages:
         from desisky_tune.inference import Predictor
         from desisky_tune.search.final_fit import fit_of, write_final_fit
 
-        evaluation = self.run.spec.evaluation.model_copy(update={"final_seeds": MEAN_OF})
-        spec = self.run.spec.model_copy(update={"evaluation": evaluation})
-        run = replace(self.run, spec=spec)
-        path = run.folder.path / f"{name}-mean.eqx"
-        write_final_fit(run, fit_of(record, {}), path)
+        path = self.run.folder.path / f"{name}-mean.eqx"
+        write_final_fit(self.run, fit_of(record, {}), path, MEAN_OF)
         return Predictor.load(path)
+
+    def committee(self, final: Any) -> Any:
+        """Return what a search exports."""
+        from desisky_tune.inference import Predictor
+        from desisky_tune.search.committee import choose_committee, write_committee
+
+        seats = choose_committee(self.run, final)
+        return Predictor.load(
+            write_committee(self.run, final, seats, self.run.folder.path / "committee.eqx")
+        )
+
+    def members_mean(self, number: int, frame: Any) -> np.ndarray:
+        """Return what a finalist's trainings on the folds predict, the mean of one on each."""
+        from desisky_tune.inference import Predictor
+        from desisky_tune.search.local import member_path
+
+        members = self.finalist_members
+        first = min(member.seed for member in members)
+        paths = [
+            member_path(self.run.folder.trials, number, member)
+            for member in members
+            if member.seed == first
+        ]
+        return np.mean([Predictor.load(path).predict(frame) for path in paths], axis=0)
 
 
 def selection_spec(settings: Mapping[str, Any], seed: int) -> Any:
@@ -137,6 +157,7 @@ def selection_spec(settings: Mapping[str, Any], seed: int) -> Any:
             f"evaluation.finalists={settings['finalists']}",
             f"evaluation.finalist_folds={settings['folds']}",
             f"evaluation.finalist_seeds={settings['seeds']}",
+            f"evaluation.committee={settings['members']}",
             "evaluation.final_seeds=1",
             f"split.seed={seed}",
         ),
@@ -176,11 +197,7 @@ def read_lines(path: Path, settings: Mapping[str, Any], key: Sequence[str]) -> l
             continue
         if line["settings"] != dict(settings):
             raise SystemExit(f"{path}: made with {line['settings']}; give another --out")
-        cell = tuple(line[name] for name in key)
-        if "added" in line:
-            lines[cell]["predictions"] |= line["added"]
-        else:
-            lines[cell] = line
+        lines[tuple(line[name] for name in key)] = line
     return list(lines.values())
 
 

@@ -8,8 +8,7 @@ outer folds is repeated; all comparisons are paired.
 Figure of merit: squared errors pooled over the outer folds per band, then RMSE, then the
 mean of the bands; the epoch of every network is fixed without the nights that it is scored
 on. Each finished outer fold is a line of the file of `--out`: what is there already is not
-trained again. Models that a line lacks, since an earlier version of this script had none of them,
-are trained and added in a line of their own.
+trained again.
 
     python benchmarks/nested.py --out nested.jsonl --repeats 10 --processes 2
     python benchmarks/nested.py --out nested.jsonl --report-only
@@ -19,8 +18,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +41,15 @@ from desisky_tune.inference.bootstrap import interval, night_weights, resampled_
 
 #: How the models are called, in the order of the table.
 LABELS: Mapping[str, str] = {
-    "winner_mean": "finalists' winner, fitted to all rows with 5 seeds: what a search exports",
+    "committee": "committee: one training a fold, of the best finalists in turn; what is exported",
+    "winner_mean": "finalists' winner, fitted to all rows with 5 seeds",
     "winner": "finalists' winner, fitted to all rows once",
     "ensemble": "ensemble of the best finalists' members",
     "single": "best single validation score",
     "transfer": "transfer: pretrained on the classical model, fine-tuned",
     "default": "documented default, scaled, fitted to all rows once",
     "default_mean": "documented default, scaled, fitted to all rows with 5 seeds",
+    "default_folds": "documented default, scaled, the mean of one training a fold",
     "default_single": "documented default, scaled, on the holdout",
     "default_raw": "documented default, raw inputs, on the holdout",
     "trees": "gradient-boosted trees",
@@ -75,14 +75,8 @@ def main() -> None:
         if (repeat, fold) not in known
     ]
     print(describe(["desisky_tune", "jax", "equinox", "scikit-learn"]), end="\n\n", flush=True)
-    lacking = [
-        (line["repeat"], line["fold"], line["chosen"]["winner"])
-        for line in read_lines(options.out, settings, CELL)
-        if "winner_mean" not in line["predictions"]
-    ]
     if not options.report_only:
-        for work, which in ((train_cell, cells), (train_means, lacking)):
-            in_processes(work, which, settings, options.out, options.processes, "outer folds")
+        in_processes(train_cell, cells, settings, options.out, options.processes, "outer folds")
     lines = [
         line for line in read_lines(options.out, settings, CELL) if line["repeat"] < options.repeats
     ]
@@ -105,7 +99,8 @@ def parsed() -> argparse.Namespace:
 def train_cell(settings: Mapping[str, Any], repeat: int, fold: int) -> dict[str, Any]:
     """Search, choose and fit without one outer fold's nights, and predict them."""
     began = time.perf_counter()
-    with a_cell(repeat, fold, settings) as cell:
+    with own_folder("nested") as folder:
+        cell = Cell(folder, repeat, fold, settings)
         predictions, promised, chosen = cell.outcome()
         scored = cell.scored
     return {
@@ -118,26 +113,6 @@ def train_cell(settings: Mapping[str, Any], repeat: int, fold: int) -> dict[str,
         "chosen": chosen,
         "seconds": round(time.perf_counter() - began, 1),
     }
-
-
-def train_means(
-    settings: Mapping[str, Any], repeat: int, fold: int, winner: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Fit the winner that an outer fold's line names, and the default, with several seeds."""
-    from desisky_tune.search.space import default_configuration
-
-    with a_cell(repeat, fold, settings) as cell:
-        configurations = {0: dict(winner), 1: default_configuration()}
-        records = cell.on_folds(configurations, cell.run.folder.finalists)
-        added = cell.means(dict(zip(("winner", "default"), records, strict=True)))
-    return {"repeat": repeat, "fold": fold, "settings": dict(settings), "added": rounded(added)}
-
-
-@contextmanager
-def a_cell(repeat: int, fold: int, settings: Mapping[str, Any]) -> Iterator[Cell]:
-    """Yield a cell in a folder of its own."""
-    with own_folder("nested") as folder:
-        yield Cell(folder, repeat, fold, settings)
 
 
 def rounded(predictions: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -177,6 +152,7 @@ class Cell(Stages):
         """Return predictions by model, what was promised, and what was chosen."""
         from desisky_tune.inference import Predictor
         from desisky_tune.search.baselines import fit_baselines
+        from desisky_tune.search.committee import rmse_out_of_fold
         from desisky_tune.search.final_fit import fit_of, fitted_rows, write_final_fit
         from desisky_tune.search.local import checkpoint_path, final_path, member_path
         from desisky_tune.search.records import best_record
@@ -204,12 +180,11 @@ class Cell(Stages):
             ],
             axis=0,
         )
-        predictions |= self.means(
-            {
-                "winner": final.records[final.winner.number],
-                "default": final.records[final.default.number],
-            }
-        )
+        for name, finalist in (("winner", final.winner), ("default", final.default)):
+            fit = self.mean_fit(name, final.records[finalist.number])
+            predictions[f"{name}_mean"] = fit.predict(scored)
+        predictions["committee"] = self.committee(final).predict(scored)
+        predictions["default_folds"] = self.members_mean(final.default.number, scored)
         predictions["transfer"] = self.transfer(scored)
         predictions["default_raw"] = self.raw_default(scored)
         baselines = fit_baselines(run, fitted_rows(run))
@@ -221,6 +196,7 @@ class Cell(Stages):
                 "rows": len(out_of_fold.rows),
                 "rmse": final.records[final.winner.number].rmse,
             },
+            "committee": {"rows": len(out_of_fold.rows), "rmse": rmse_out_of_fold(final, best)},
         }
         chosen = {
             "single": dict(single.configuration),
@@ -233,13 +209,6 @@ class Cell(Stages):
     def scored(self) -> Any:
         """The exposures of the outer fold."""
         return self.run.table.frame.iloc[self.run.split.test]
-
-    def means(self, records: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Return what fits of several seeds predict, for trials that were measured on folds."""
-        return {
-            f"{name}_mean": self.mean_fit(name, record).predict(self.scored)
-            for name, record in records.items()
-        }
 
     def transfer(self, scored: Any) -> np.ndarray:
         """Pretrain the documented default on made-up rows, fine-tune it, predict.
@@ -473,7 +442,12 @@ def optimism_table(
         "| | promised | came | optimism | over draws |",
         "|---|---|---|---|---|",
     ]
-    for name, chosen in (("single", "single"), ("winner", "winner"), ("winner_mean", "winner")):
+    for name, chosen in (
+        ("single", "single"),
+        ("winner", "winner"),
+        ("winner_mean", "winner"),
+        ("committee", "committee"),
+    ):
         if name not in squared:
             continue
         promised = np.array([promise(lines, chosen, repeat) for repeat in repeats])

@@ -26,6 +26,7 @@ from desisky_tune.search.space import load_spec
 
 LABELS = {
     "winner": "winner",
+    "alone": "winner's configuration alone",
     "default": "documented default",
     "ensemble": "ensemble of the finalists",
     "classical": "classical model",

@@ -109,15 +109,72 @@ def test_objectives_are_those_of_the_kept_weights(result: SearchResult) -> None:
 def test_the_winner_is_fitted_to_all_rows_but_the_test_rows(result: SearchResult) -> None:
     evaluation, split = result.evaluation, search_of(result)["split"]
     header = read_header(result.checkpoint)
-    assert header["search"]["final_fit"] is True
     assert header["search"]["trial"] == evaluation["winner"] == result.winner.number
     assert header["split"]["train"] == sorted(split["train"] + split["validation"])
     assert header["split"]["test"] == sorted(split["test"])
     best = evaluation["finalists"][0]
-    assert header["training"]["config"]["epochs"] == best["best_epoch"] + 1
-    assert evaluation["final_fit"]["epochs"] == best["best_epoch"] + 1
     assert evaluation["final_fit"]["seeds"] == [0, 1, 2, 3, 4]
+    assert evaluation["final_fit"]["epochs"] == best["best_epoch"] + 1
     assert evaluation["final_fit"]["rows"] == len(split["train"]) + len(split["validation"])
+
+
+def test_the_export_is_the_mean_of_a_training_on_each_fold(
+    result: SearchResult, tmp_path: Path
+) -> None:
+    board = result.evaluation["finalists"]
+    numbers = [each["number"] for each in board]
+    header = read_header(result.checkpoint)
+    members = header["mean_of"]
+    # Three finalists on three folds: each on one.
+    assert [(each["finalist"], each["fold"], each["seed"]) for each in members] == [
+        (number, fold, 0) for fold, number in enumerate(numbers)
+    ]
+    assert result.evaluation["final_fit"]["committee"] == {"trainings": 3, "finalists": numbers}
+    assert header["arch"]["width_size"] == sum(each["configuration"]["width"] for each in board)
+    assert header["arch"]["depth"] == max(each["configuration"]["depth"] for each in board)
+
+    folder = RunFolder(result.run_dir)
+    frame = pd.read_parquet(folder.features)
+    each = [
+        Predictor.load(folder.trials / f"{number:05d}-fold{fold}-seed0.eqx").predict(frame)
+        for fold, number in enumerate(numbers)
+    ]
+    mean = Predictor.load(result.checkpoint).predict(frame)
+    np.testing.assert_allclose(mean, np.mean(each, axis=0), atol=1e-4)
+
+    # By itself a finalist is fitted to all of the rows.
+    alone = read_header(export_trial(result.run_dir, tmp_path / "alone.eqx", numbers[0]))
+    width = board[0]["configuration"]["width"]
+    assert alone["mean_of"] == {"width": width, "seeds": [0, 1, 2, 3, 4]}
+    assert alone["search"]["final_fit"] is True
+    assert alone["training"]["config"]["epochs"] == board[0]["best_epoch"] + 1
+
+
+def test_a_committee_is_trained_on_in_the_scaling_of_all_its_rows(result: SearchResult) -> None:
+    header, split = read_header(result.checkpoint), search_of(result)["split"]
+    frame = pd.read_parquet(result.run_dir / "features.parquet").set_index("EXPID")
+    rows = frame.loc[split["train"] + split["validation"], header["features"]]
+    np.testing.assert_allclose(header["scaling"]["input_mean"], rows.mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_committee_is_measured_by_members_that_did_not_see_a_row(result: SearchResult) -> None:
+    """Recomputed here from the members' files, fold by fold."""
+    folder = RunFolder(result.run_dir)
+    frame = pd.read_parquet(folder.features).set_index("EXPID")
+    residuals = []
+    for fold, exposures in enumerate(search_of(result)["finalists"]["folds"]):
+        rows = frame.loc[exposures]
+        predicted = [
+            Predictor.load(path).predict(rows)
+            for path in folder.trials.glob(f"*-fold{fold}-seed*.eqx")
+        ]
+        assert len(predicted) == 3 * 2
+        residuals.append(np.mean(predicted, axis=0) - rows[list(TARGETS)].to_numpy())
+    rmse = np.sqrt(np.mean(np.concatenate(residuals) ** 2, axis=0))
+    figures = result.evaluation["figures"]["winner"]["validation"]
+    np.testing.assert_allclose([figures[band] for band in BANDS], rmse, atol=1e-5)
+    told = read_header(result.checkpoint)["training"]["per_band_rmse"]
+    np.testing.assert_allclose([told[band] for band in BANDS], rmse, atol=1e-5)
 
 
 def test_figures_are_those_of_the_files(result: SearchResult) -> None:
@@ -136,10 +193,10 @@ def test_figures_are_those_of_the_files(result: SearchResult) -> None:
         )
         np.testing.assert_allclose([figures[band] for band in BANDS], expected, atol=2e-5)
     best = result.evaluation["finalists"][0]
-    assert result.evaluation["figures"]["winner"]["validation"]["mean"] == pytest.approx(
+    assert result.evaluation["figures"]["alone"]["validation"]["mean"] == pytest.approx(
         best["objective"]
     )
-    for name in ("winner", "default", "classical", "constant"):
+    for name in ("winner", "alone", "default", "classical", "constant"):
         for part in ("validation", "test"):
             low, high = result.evaluation["intervals"][name][part]["mean"]
             assert low < high

@@ -27,7 +27,7 @@ from desisky_tune.errors import (
 from desisky_tune.inference import Predictor
 from desisky_tune.io import checkpoint_meta, load_model, read_header, save
 from desisky_tune.models import make_broadbandMLP, permute_inputs
-from desisky_tune.search.final_fit import FinalFit, write_final_fit
+from desisky_tune.search.final_fit import FinalFit, fit_of, write_final_fit
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.given_weights import read_given
 from desisky_tune.search.origin import SearchRun, open_run, write_run
@@ -307,16 +307,26 @@ def test_a_trial_of_such_a_run_is_repeated_bit_for_bit(
 
 
 def test_a_search_from_a_run_begins_with_its_winner_s_figures(
-    simulated: SearchResult, onward: SearchResult
+    simulated: SearchResult, onward: SearchResult, tmp_path: Path
 ) -> None:
+    """With those of one network: what the first search exports may be the mean of several."""
     run = open_run(onward.run_dir)
     frame = run.table.frame.iloc[run.split.validation]
-    residual = Predictor.load(simulated.checkpoint).predict(frame) - frame[list(TARGETS)]
+    given = Predictor.load(run.folder.pretrained / "given.eqx").predict(frame)
+    residual = given - frame[list(TARGETS)]
     expected = np.sqrt((residual.to_numpy() ** 2).mean(axis=0))
+    # One training of the winner's configuration, as its own final fit begins.
+    taken = simulated.evaluation["finalists"][0]["number"]
+    winner = next(
+        record
+        for record in Ledger(RunFolder(simulated.run_dir).finalists).records()
+        if record.number == taken
+    )
+    once = write_final_fit(open_run(simulated.run_dir), fit_of(winner, {}), tmp_path / "1.eqx", 1)
+    np.testing.assert_allclose(given, Predictor.load(once).predict(frame), atol=1e-4)
     for record in onward.records[1:]:
-        assert (
-            record.configuration["width"] == read_header(simulated.checkpoint)["arch"]["width_size"]
-        )
+        assert record.configuration["width"] == simulated.winner.configuration["width"]
+        assert record.configuration["depth"] == simulated.winner.configuration["depth"]
         first = [record.curve[band][0] for band in BANDS]
         np.testing.assert_allclose(first, expected, atol=1e-3)
     note = json.loads((onward.run_dir / "search.json").read_text())["pretrain"]

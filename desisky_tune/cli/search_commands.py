@@ -38,6 +38,7 @@ TOP = 10
 #: How the models of an evaluation are called.
 MODEL_NAMES = {
     "winner": "winner",
+    "alone": "winner's configuration alone",
     "default": "documented default",
     "ensemble": "ensemble",
     "classical": "classical model",
@@ -297,6 +298,12 @@ def _show_result(result: SearchResult, as_json: bool) -> None:
         show("\n" + finalists_text(ranked, v_derived=v_derived))
     configuration = configuration_text(result.winner.configuration)
     show(f"\nwinner: trial {result.winner.number} ({configuration})")
+    committee = result.evaluation.get("final_fit", {}).get("committee")
+    if committee:
+        show(
+            f"exported: the mean of {committee['trainings']} trainings on folds, of the finalists "
+            f"{', '.join(map(str, committee['finalists']))}, as one network"
+        )
     show(figures_text(result.evaluation))
     show(f"\ncheckpoint: {checkpoint_place(result)}")
     out = "" if result.place == result.run_dir else " --out DIR"

@@ -11,14 +11,20 @@ from desisky_tune.data.columns import FEATURES
 from desisky_tune.errors import RunError
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.records import Ledger, TrialRecord, best_record
-from desisky_tune.search.trial_files import checkpoint_path, final_path, state_path
+from desisky_tune.search.trial_files import (
+    checkpoint_path,
+    committee_path,
+    final_path,
+    state_path,
+)
 
 
 def export_trial(run_dir: str | Path, out: str | Path, trial: int | None = None) -> Path:
     """Write a trial's best weights as a checkpoint in desisky's format.
 
     A trial that was measured on folds has no weights of its own: its configuration is
-    fitted to all training and validation rows (`desisky_tune.search.final_fit`).
+    fitted to all training and validation rows (`desisky_tune.search.final_fit`). The winner of
+    finalists is their committee where there is one (`desisky_tune.search.committee`).
 
     The inputs are put into the reference order, in which desisky feeds them, wherever
     they are those of the reference model.
@@ -30,7 +36,8 @@ def export_trial(run_dir: str | Path, out: str | Path, trial: int | None = None)
     out
         The file to write.
     trial
-        Number of the trial, of the search or of the finalists; the winner by default.
+        Number of the trial, of the search or of the finalists, by itself; what the search
+        exported by default.
 
     Returns
     -------
@@ -46,7 +53,15 @@ def export_trial(run_dir: str | Path, out: str | Path, trial: int | None = None)
     """
     folder = RunFolder.open(run_dir)
     record = trial_record(folder, trial)
-    source = _weights(folder, record)
+    committee = committee_path(folder.trials)
+    if trial is None:
+        folder.fetched(committee)
+    together = trial is None and committee.exists()
+    return export_weights(folder, record, committee if together else _weights(folder, record), out)
+
+
+def export_weights(folder: RunFolder, record: TrialRecord, source: Path, out: str | Path) -> Path:
+    """Copy weights of a run as `export_trial` does, the header naming the trial of a record."""
     stage = "finalist" if _is_finalist(folder, record.number) else "trial"
     origin = {
         "run": folder.name,

@@ -11,7 +11,7 @@ the mean of the networks, which is one network (`desisky_tune.models.mean`).
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,18 +93,26 @@ def final_seeds(spec: SearchSpec, configuration: Mapping[str, Any]) -> int:
     """
     if "parameters" in spec.search.objectives:
         return 1
-    most = min(MOST_WEIGHTS, spec.search.max_parameters or MOST_WEIGHTS)
     seeds = spec.evaluation.final_seeds
-    inputs, width = len(spec.data.features), int(configuration["width"])
-    while seeds > 1 and parameter_count({**configuration, "width": seeds * width}, inputs) > most:
+    while seeds > 1 and not mean_fits(spec, [configuration] * seeds):
         seeds -= 1
     return seeds
 
 
-def write_final_fit(run: SearchRun, fit: FinalFit, path: Path) -> Path:
+def mean_fits(spec: SearchSpec, configurations: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the mean of so many networks has no more weights than it may have."""
+    widest = {
+        "width": sum(int(each["width"]) for each in configurations),
+        "depth": max(int(each["depth"]) for each in configurations),
+    }
+    most = min(MOST_WEIGHTS, spec.search.max_parameters or MOST_WEIGHTS)
+    return parameter_count(widest, len(spec.data.features)) <= most
+
+
+def write_final_fit(run: SearchRun, fit: FinalFit, path: Path, seeds: int | None = None) -> Path:
     """Train on a run's training and validation rows, and write the checkpoint.
 
-    As many trainings are made as `final_seeds` says; one that diverges is left out.
+    One that diverges, of several trainings, is left out.
 
     Parameters
     ----------
@@ -114,6 +122,8 @@ def write_final_fit(run: SearchRun, fit: FinalFit, path: Path) -> Path:
         What to fit.
     path
         The checkpoint to write, scaling folded in; it appears when it is complete.
+    seeds
+        How many trainings are made; by default as many as `final_seeds` says.
 
     Raises
     ------
@@ -140,9 +150,9 @@ def write_final_fit(run: SearchRun, fit: FinalFit, path: Path) -> Path:
             return diverged
         return seed, model, float(curve.train_loss[-1])
 
-    seeds = range(fit.seed, fit.seed + final_seeds(run.spec, fit.configuration))
-    with ThreadPoolExecutor(min(len(seeds), os.cpu_count() or 1)) as threads:
-        outcomes = list(threads.map(trained, seeds))
+    count = final_seeds(run.spec, fit.configuration) if seeds is None else seeds
+    with ThreadPoolExecutor(min(count, os.cpu_count() or 1)) as threads:
+        outcomes = list(threads.map(trained, range(fit.seed, fit.seed + count)))
     good = [outcome for outcome in outcomes if isinstance(outcome, tuple)]
     if not good:
         raise next(outcome for outcome in outcomes if isinstance(outcome, SearchError))

@@ -12,7 +12,7 @@
       trials/            a checkpoint per trial (and its state while it is unfinished)
       trials.parquet  curves.parquet  evaluation.json
       out_of_fold.parquet  predictions of the finalists' folds, where there are finalists
-      best/<name>.eqx    the winner
+      best/<name>.eqx    what the search exports: the winner, or the finalists' committee
       pretrained/        the weights that trials began with, where they were not drawn
       ensemble/          the best finalists' members and their index
       tune/              what Ray Tune writes
@@ -33,6 +33,7 @@ from desisky_tune.data.remote import is_url
 from desisky_tune.errors import RunError
 from desisky_tune.files import append_line, atomic_open
 from desisky_tune.search.storage import RunMirror, split_run_url
+from desisky_tune.search.trial_files import committee_path
 
 if TYPE_CHECKING:
     from desisky_tune.search.records import TrialRecord
@@ -218,6 +219,7 @@ class RunFolder:
             return
         made = [self.ledger, self.evaluation, self.search_json, *self.path.glob("*.parquet")]
         made += [self.finalists, *self.path.glob("best/*"), *self.path.glob("ensemble/*")]
+        made += [committee_path(self.trials)]
         self.kept(*(path for path in made if path.is_file()))
         self.mirror.forget_states(record.number for record in records)
 

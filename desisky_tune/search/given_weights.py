@@ -6,9 +6,11 @@ its space, and whether they were trained on exposures that are to be its test ro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +20,10 @@ from desisky_tune.data.remote import is_url, local_copy
 from desisky_tune.errors import CheckpointError, MissingFileError, RunError, SpaceError
 from desisky_tune.files import sha256_file
 from desisky_tune.io import feature_names, read_header
+from desisky_tune.search.export import trial_record
+from desisky_tune.search.final_fit import fit_of, write_final_fit
 from desisky_tune.search.folder import RunFolder
+from desisky_tune.search.origin import open_run
 from desisky_tune.search.parameters import Fixed
 
 if TYPE_CHECKING:
@@ -76,8 +81,12 @@ def architecture_of(source: str) -> dict[str, Any]:
     InputError
         As `locate`, or when the file is no checkpoint of an MLP.
     """
-    path = locate(source).path
-    arch = read_header(path)["arch"]
+    found = locate(source)
+    path, header = found.path, read_header(found.path)
+    arch = header["arch"]
+    if found.run is not None and "mean_of" in header:
+        configuration = trial_record(found.run, None).configuration
+        return {name: configuration[name] for name in SETTLED}
     missing = [key for key in SETTLED.values() if key not in arch]
     if missing:
         raise CheckpointError(f"pretrain.source = {source!r}: {path}: arch lacks {missing[0]!r}")
@@ -114,7 +123,8 @@ def read_given(spec: SearchSpec, table: FeatureTable, split: Split) -> GivenWeig
     assert spec.pretrain is not None
     source = spec.pretrain.source
     found = locate(source)
-    layers, meta = load_layers(found.path)
+    with _one_network(found) as path:
+        layers, meta = load_layers(path)
     where = f"pretrain.source = {source!r}"
     names, wanted = feature_names(meta, found.path), spec.data.features
     if sorted(names) != sorted(wanted):
@@ -141,6 +151,21 @@ def read_given(spec: SearchSpec, table: FeatureTable, split: Split) -> GivenWeig
             "seen": _seen(where, found, trained_on, table, split),
         },
     )
+
+
+@contextmanager
+def _one_network(found: Located) -> Iterator[Path]:
+    """Yield a checkpoint of one network: what a run exports may be the mean of several.
+
+    A training that began with such a mean would be as wide as all of them together. So the
+    winner's configuration is fitted once more, with one seed.
+    """
+    if found.run is None or "mean_of" not in read_header(found.path):
+        yield found.path
+        return
+    fit = fit_of(trial_record(found.run, None), {})
+    with TemporaryDirectory(prefix="desisky-tune-") as folder:
+        yield write_final_fit(open_run(found.run.path), fit, Path(folder) / "winner.eqx", seeds=1)
 
 
 def require_architecture(spec: SearchSpec, arch: Mapping[str, Any]) -> None:

@@ -286,8 +286,11 @@ class EvaluationSpec(Section):
     finalist_folds, finalist_seeds
         Folds, and seeds on each of them.
     final_seeds
-        The winner's configuration is fitted with so many seeds to all rows but the test
-        rows; the checkpoint is the mean of these networks, which is one network.
+        The final fit makes so many trainings, each with a seed of its own, on all rows but
+        the test rows; the checkpoint is the mean of these networks, which is one network.
+    committee
+        What is exported is the mean of a training on each of the finalists' folds, of the best
+        so many finalists in turn, as one network. 1: the winner's final fit.
     ensemble
         The members of the best so many finalists make an ensemble; 0: none is made.
 
@@ -301,6 +304,7 @@ class EvaluationSpec(Section):
     finalist_folds: Annotated[Whole, Field(ge=2, le=100)] = 5
     finalist_seeds: Annotated[Whole, Field(ge=1, le=100)] = 3
     final_seeds: Annotated[Whole, Field(ge=1, le=100)] = 5
+    committee: Annotated[Whole, Field(ge=1, le=100)] = 3
     ensemble: Annotated[Whole, Field(ge=0, le=1000)] = 3
 
     @field_validator("finalists")

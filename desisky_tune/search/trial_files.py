@@ -114,6 +114,11 @@ def final_path(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}-final.eqx"
 
 
+def committee_path(folder: Path) -> Path:
+    """Where the mean of the finalists' committee lies."""
+    return folder / "committee.eqx"
+
+
 def sweep(folder: Path, records: Collection[TrialRecord]) -> None:
     """Remove the states of finished trials: their weights have been kept, or are of no use."""
     # By the states that lie there, which are few; the records may be thousands.

@@ -14,23 +14,28 @@ An evaluation is a JSON object::
      "against_default": {"test": {"mean": {"difference": .., "interval": [..]}, ...}}}
 
 with every figure an RMSE in magnitudes, and every interval one of 95 % over resampled
-nights. A MODEL is ``winner``, ``default`` (the documented default, trained alike),
-``ensemble`` (the best finalists' members, with ``coverage_90`` under ``ensemble``),
+nights. A MODEL is ``winner`` (what is exported), ``alone`` (the winner's configuration by
+itself, where a committee is exported), ``default`` (the documented default, fitted as that
+is), ``ensemble`` (the best finalists' members, with ``coverage_90`` under ``ensemble``),
 ``classical``, ``constant``, and ``trees`` where scikit-learn is installed.
 
 ``validated_on`` says what ``validation`` means. ``split``: the validation rows, by models
 of the training rows. ``folds``: the training and validation rows, each by models of the
 other folds; the winner and the baselines were then fitted to all of these rows before they
 met the test rows. There are then also ``final_fit`` (epochs, seed, seeds, rows, and the RMSE on the
-rows that were fitted) and ``finalists``, their board. ``pretrain`` says what the trials began
-with, where their weights were not drawn.
+rows that were fitted) and ``finalists``, their board. Where a committee is exported, its
+``validation`` is that of the mean of its finalists' members, and ``final_fit`` has under
+``committee`` how many trainings it is of and the numbers of the finalists; epochs and seeds are
+those of ``alone``. ``pretrain`` says what the trials began with, where their weights were not
+drawn.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,13 +52,14 @@ from desisky_tune.search.accuracy import (
     squared_residuals,
 )
 from desisky_tune.search.baselines import Predict, fit_baselines
+from desisky_tune.search.committee import Seat, choose_committee, numbers_of, write_committee
 from desisky_tune.search.ensemble import (
     best_numbers,
     describe_ensemble,
     ensemble_out_of_fold,
     write_ensemble,
 )
-from desisky_tune.search.export import export_trial
+from desisky_tune.search.export import export_trial, export_weights
 from desisky_tune.search.final_fit import (
     fit_of,
     fitted_rows,
@@ -69,7 +75,7 @@ from desisky_tune.search.finalists import (
 from desisky_tune.search.folder import write_json
 from desisky_tune.search.hyperparameters import is_documented_default
 from desisky_tune.search.pretraining import pretrain_sentence
-from desisky_tune.search.trial_files import final_path
+from desisky_tune.search.trial_files import committee_path, final_path
 
 if TYPE_CHECKING:
     from desisky_tune.search.origin import SearchRun
@@ -131,32 +137,39 @@ def crown_finalist(run: SearchRun, final: Final) -> dict[str, Any]:
     winner, default = final.winner, final.default
     number = winner.number if winner.trial is None else winner.trial
     known = _known(run, number)
-    networks = {"winner": winner} if default is None else {"winner": winner, "default": default}
-    for finalist in networks.values():
-        _write_fit(run, final, finalist)
+    committee = choose_committee(run, final)
+    alike = {"alone": winner} if committee else {}
+    if default is not None:
+        alike["default"] = default
+    files = {"winner": run.folder.best}
+    files |= {name: _write_fit(run, final, each) for name, each in alike.items()}
+    record = final.records[winner.number]
     if known is None or not run.folder.best.exists():
-        export_trial(run.folder.path, run.folder.best, trial=winner.number)
+        if committee:
+            source = write_committee(run, final, committee, committee_path(run.folder.trials))
+        else:
+            source = _write_fit(run, final, winner)
+        export_weights(run.folder, record, source, run.folder.best)
     if known is not None:
         return known
-    files = {name: final_path(run.folder.trials, each.number) for name, each in networks.items()}
-    files["winner"] = run.folder.best
     models = {name: Predictor.load(path).predict for name, path in files.items()}
-    by_fold = {name: final.errors[each.number] for name, each in networks.items()}
+    by_fold = {"winner": final.errors[winner.number]}
+    if committee:
+        by_fold["winner"] = _mean_out_of_fold(final, numbers_of(committee))
+    by_fold |= {name: final.errors[each.number] for name, each in alike.items()}
     ensemble = _write_ensemble(run, final)
     if ensemble is not None:
         models["ensemble"] = EnsemblePredictor.load(run.folder.ensemble).predict
         by_fold["ensemble"] = ensemble
     models |= fit_baselines(run, fitted_rows(run))
-    record = final.records[winner.number]
-    errors: Errors = {name: each.squared for name, each in by_fold.items()}
-    _check(run, figures_of(errors["winner"])["mean"], record)
+    _check(run, figures_of(final.errors[winner.number].squared)["mean"], record)
     by_fold |= baselines_out_of_fold(run)
-    errors |= {name: each.squared for name, each in by_fold.items()}
+    errors: Errors = {name: each.squared for name, each in by_fold.items()}
     write_out_of_fold(run, by_fold)
     validated = {
         "validated_on": "folds",
         "finalists": final.as_dicts(),
-        **_fit_figures(run, record, models),
+        **_fit_figures(run, record, committee, models),
         **_ensemble_figures(run, ensemble),
     }
     rows = final.errors[winner.number].rows
@@ -238,11 +251,18 @@ def _check(run: SearchRun, reread: float, record: TrialRecord) -> None:
         )
 
 
-def _write_fit(run: SearchRun, final: Final, finalist: Finalist) -> None:
+def _write_fit(run: SearchRun, final: Final, finalist: Finalist) -> Path:
     path = final_path(run.folder.trials, finalist.number)
     if not path.exists():
         origin = {"trial": finalist.trial, "finalist": finalist.number}
         write_final_fit(run, fit_of(final.records[finalist.number], origin), path)
+    return path
+
+
+def _mean_out_of_fold(final: Final, numbers: Sequence[int]) -> OutOfFold:
+    """Return what the mean of finalists' members makes of rows that they did not see."""
+    unseen = ensemble_out_of_fold(final, numbers)
+    return replace(unseen, predictions=unseen.predictions.mean(axis=0, keepdims=True))
 
 
 def _write_ensemble(run: SearchRun, final: Final) -> OutOfFold | None:
@@ -252,8 +272,7 @@ def _write_ensemble(run: SearchRun, final: Final) -> OutOfFold | None:
         return None
     if not run.folder.ensemble.exists():
         write_ensemble(run, final, count, run.folder.ensemble)
-    unseen = ensemble_out_of_fold(final, best_numbers(final, count))
-    return replace(unseen, predictions=unseen.predictions.mean(axis=0, keepdims=True))
+    return _mean_out_of_fold(final, best_numbers(final, count))
 
 
 def _ensemble_figures(run: SearchRun, ensemble: OutOfFold | None) -> dict[str, Any]:
@@ -263,23 +282,20 @@ def _ensemble_figures(run: SearchRun, ensemble: OutOfFold | None) -> dict[str, A
     return {"ensemble": describe_ensemble(index)}
 
 
-def _seeds_of(run: SearchRun, record: TrialRecord) -> list[int]:
-    """Return the seeds whose networks the winner's file is the mean of."""
-    mean_of = read_header(run.folder.best).get("mean_of", {})
-    return list(mean_of.get("seeds", [record.seed]))
-
-
 def _fit_figures(
-    run: SearchRun, record: TrialRecord, models: Mapping[str, Predict]
+    run: SearchRun, record: TrialRecord, committee: Sequence[Seat], models: Mapping[str, Predict]
 ) -> dict[str, Any]:
-    """Describe the winner's final fit, and what it makes of the rows that it was fitted to."""
+    """Describe the winner's final fit, and what the export makes of the rows of the fit."""
     fitted = fitted_rows(run)
     assert record.best_epoch is not None
+    alone = final_path(run.folder.trials, record.number)
+    among = {"trainings": len(committee), "finalists": numbers_of(committee)}
     return {
         "final_fit": {
             "epochs": record.best_epoch + 1,
             "seed": record.seed,
-            "seeds": _seeds_of(run, record),
+            "seeds": list(read_header(alone)["mean_of"]["seeds"]),
+            **({"committee": among} if committee else {}),
             "rows": len(fitted),
             "rmse": figures_of(squared_residuals(run, models["winner"], fitted)),
         }

@@ -14,7 +14,7 @@ import numpy as np
 
 from desisky_tune.data.columns import BANDS, NIGHT
 from desisky_tune.visualization.panels import INK, panel, rasterized
-from desisky_tune.visualization.style import BAND_COLOURS, GUIDE, label
+from desisky_tune.visualization.style import BAND_COLOURS, GUIDE, TRAIN, label
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +29,7 @@ _MOST_NAMED_NIGHTS = 24
 #: What the models of an evaluation are called, in the order in which they are drawn.
 MODELS: Mapping[str, str] = {
     "winner": "winner",
+    "alone": "winner's configuration alone",
     "default": "documented default",
     "ensemble": "ensemble",
     "classical": "classical model",
@@ -91,7 +92,8 @@ def plot_comparison(
         Model -> band -> ends (mag) on the validation rows, drawn as bars.
     """
     shown = [(name, title) for name, title in MODELS.items() if name in figures]
-    colours = (INK, *(BAND_COLOURS[band] for band in ("g", "V", "r")), GUIDE, BAND_COLOURS["z"])
+    named = (BAND_COLOURS[band] for band in ("g", "V", "r"))
+    colours = (INK, TRAIN, *named, GUIDE, BAND_COLOURS["z"])
     by_model = dict(zip(MODELS, colours, strict=True))
     offsets = np.linspace(-0.27, 0.27, len(shown))
     with panel(3.6) as figure:
