@@ -114,6 +114,25 @@ def test_many_rows_go_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert apply_model(model, inputs[:0]).shape == (0, 4)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"depth": 0},
+        {"activation": jax.nn.tanh},
+        {"final_activation": jax.nn.softplus},
+        {"use_bias": False},
+    ],
+    ids=lambda options: ",".join(options) or "plain",
+)
+def test_any_model_is_applied_as_it_applies_itself(options: dict[str, Any]) -> None:
+    sizes = {"in_size": 6, "out_size": 4, "width_size": 16, "depth": 2} | options
+    model = eqx.nn.MLP(**sizes, key=jax.random.PRNGKey(3))
+    inputs = np.random.default_rng(0).normal(size=(7, 6)).astype(np.float32)
+    expected = [np.asarray(model(row), float) for row in inputs]
+    np.testing.assert_allclose(apply_model(model, inputs), expected, atol=1e-5)
+
+
 def test_row_without_a_feature_gets_no_prediction_and_is_counted(tmp_path: Path) -> None:
     frame = exposures(10)
     frame.loc[3, "MOONSEP"] = np.nan

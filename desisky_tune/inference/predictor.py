@@ -7,7 +7,7 @@ JAX is imported when a model is loaded, not before.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -169,14 +169,37 @@ def apply_model(model: Any, inputs: np.ndarray) -> np.ndarray:
     ndarray
         Shape `(n, 4)`, float64.
     """
+    rows = np.asarray(inputs, dtype=np.float32)
+    many = _layer_by_layer(model) or _vectorized(model)
+    starts = range(0, len(rows), _ROWS_AT_A_TIME)
+    parts = [many(rows[s : s + _ROWS_AT_A_TIME]) for s in starts]
+    return np.concatenate(parts).astype(np.float64) if parts else np.empty((0, len(BANDS)))
+
+
+def _vectorized(model: Any) -> Callable[[np.ndarray], np.ndarray]:
     import jax
     import jax.numpy as jnp
 
-    rows = np.asarray(inputs, dtype=np.float32)
     many = jax.vmap(model)
-    starts = range(0, len(rows), _ROWS_AT_A_TIME)
-    parts = [np.asarray(many(jnp.asarray(rows[s : s + _ROWS_AT_A_TIME]))) for s in starts]
-    return np.concatenate(parts).astype(np.float64) if parts else np.empty((0, len(BANDS)))
+    return lambda rows: np.asarray(many(jnp.asarray(rows)))
+
+
+def _layer_by_layer(model: Any) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Return a plain MLP as NumPy's products, which need no compile; None for another model."""
+    from desisky_tune.io.checkpoint import is_plain_mlp
+
+    if not is_plain_mlp(model):
+        return None
+    layers = [(np.asarray(layer.weight).T, np.asarray(layer.bias)) for layer in model.layers]
+
+    def many(rows: np.ndarray) -> np.ndarray:
+        for place, (weight, bias) in enumerate(layers):
+            rows = rows @ weight + bias
+            if place < len(layers) - 1:
+                rows = np.maximum(rows, 0)
+        return rows
+
+    return many
 
 
 def predict_frame(

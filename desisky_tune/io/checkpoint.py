@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -255,8 +256,13 @@ def architecture(model: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if type(value) in (int, float, str, bool)}
 
 
+def is_plain_mlp(model: Any) -> bool:
+    """Whether a model is what `architecture` describes by the four documented keys alone."""
+    return type(model) is eqx.nn.MLP and _not_plain(model) is None
+
+
 def _not_plain(model: eqx.nn.MLP) -> str | None:
-    plain = eqx.filter_eval_shape(make_broadbandMLP, in_size=1, out_size=1, width_size=1, depth=1)
+    plain = _shapes_of_mlp(*zip(ARCH_KEYS, (1, 1, 1, 1), strict=True))
     if not isinstance(model.in_size, int) or not isinstance(model.out_size, int):
         return "scalar inputs or outputs"
     if model.activation is not plain.activation:
@@ -327,11 +333,19 @@ def _product(shape: tuple[int, ...]) -> int:
     return count
 
 
+@lru_cache(maxsize=64)
+def _shapes_of_mlp(*arch: tuple[str, Any]) -> Any:
+    """Return the shapes of an MLP's arrays; to trace one takes longer than to read its file."""
+    return eqx.filter_eval_shape(make_broadbandMLP, **dict(arch))
+
+
 def _construct(
     constructor: Callable[..., Any], arch: dict[str, Any], path: Path, *, abstract: bool
 ) -> Any:
     """Build the model, or only its shapes; a constructor that objects is a CheckpointError."""
     try:
+        if abstract and constructor is make_broadbandMLP:
+            return _shapes_of_mlp(*sorted(arch.items()))
         if abstract:
             return eqx.filter_eval_shape(constructor, **arch)
         return constructor(**arch)
