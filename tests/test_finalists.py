@@ -221,7 +221,9 @@ def test_the_run_reads_back_with_its_winner(result: SearchResult) -> None:
     board = finalists_board(result.run_dir)
     assert board is not None
     assert list(board["rank"]) == [1, 2, 3]
-    assert run.report().exists()
+    page = run.report().read_text()
+    numbers = ", ".join(str(each["number"]) for each in result.evaluation["finalists"])
+    assert f"the mean of 3 trainings on folds, of the finalists {numbers} in turn" in page
 
 
 def test_boards_of_the_command(result: SearchResult, capsys: pytest.CaptureFixture[str]) -> None:

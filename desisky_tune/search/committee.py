@@ -1,10 +1,11 @@
 """The committee: trainings of the best finalists on the folds, and their mean as one checkpoint.
 
-Which of the best few finalists is the best cannot be told from a few dozen nights, and one training
-on all of the rows is no better than one on four fifths of them by as much as the mean of several
-that saw different nights is (docs/selection.md has the figures). So what is exported is the mean of
-one training a fold, of the best finalists in turn: they are there already, every row was seen by
-all of them but one, and the mean of networks is a network (`desisky_tune.models.mean`).
+Which of the best few finalists is the best cannot be told from a few dozen nights, and what one
+training gives depends on the nights that it saw. The mean of trainings that saw different nights
+is better on others than any single one is (docs/selection.md has the figures). So what is exported
+is the mean of one training a fold, of the best finalists in turn: they are there already, every
+row was seen by all of them but one, and the mean of networks is a network
+(`desisky_tune.models.mean`).
 """
 
 from __future__ import annotations

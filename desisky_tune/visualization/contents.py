@@ -60,6 +60,7 @@ def facts(run: LoadedRun) -> dict[str, Any]:
         ],
         "versions": run.search.get("versions", {}),
         "pretrain": run.evaluation.get("pretrain"),
+        "committee": run.evaluation.get("final_fit", {}).get("committee"),
     }
 
 

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -116,6 +119,20 @@ def save_figure(figure: Figure, path: str | os.PathLike[str] | None) -> None:
         return
     check_save_path(path)
     target = Path(path).expanduser()
-    options: dict[str, Any] = {"metadata": {"Date": None}} if target.suffix == ".svg" else {}
     with mpl.rc_context({"svg.hashsalt": "desisky_tune"}), atomic_path(target) as temporary:
-        figure.savefig(temporary, dpi=150, **options)
+        _write(figure, temporary, target.suffix.lower())
+
+
+def _write(figure: Figure, path: Path, suffix: str) -> None:
+    """Draw a figure once; `Figure.savefig` draws one with a layout twice."""
+    dpi = figure.dpi
+    figure.set_dpi(150)
+    try:
+        if suffix == ".png":
+            FigureCanvasAgg(figure).print_png(path)
+        elif suffix == ".svg":
+            FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None})
+        else:
+            FigureCanvasPdf(figure).print_pdf(path)
+    finally:
+        figure.set_dpi(dpi)
