@@ -126,18 +126,26 @@ def inject(
             fault = moment.choice(FAULTS)
             done[fault] += hit(driver, fault, moment)
         if driver.poll() not in (None, 0):
-            wrong += driver.returncode not in EXPECTED_CODES
+            if driver.returncode not in EXPECTED_CODES:
+                wrong += 1
+                show(runs, name, driver.returncode)
             driver = start(runs, name, options)
     code = driver.wait()
     if code != 0:
         wrong += 1
+        show(runs, name, code)
         # A resume without a fault: what fails now is a failure of ours.
         code = start(runs, name, options).wait()
     if code != 0:
-        lines = log_of(runs, name).read_text(errors="replace").splitlines()
-        print("\n".join(lines[-40:]), file=sys.stderr)
+        show(runs, name, code)
         raise SystemExit(f"{name}: the search cannot be finished: exit code {code}")
     return wrong
+
+
+def show(runs: Path, name: str, code: int) -> None:
+    """Print the last lines of a driver that ended as none should."""
+    lines = log_of(runs, name).read_text(errors="replace").splitlines()
+    print(f"{name}: exit code {code}, after these lines:", *lines[-40:], sep="\n", file=sys.stderr)
 
 
 def hit(driver: subprocess.Popen[bytes], fault: str, moment: random.Random) -> bool:
