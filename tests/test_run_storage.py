@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from virtual_clock import in_process
 
 from desisky_tune.cli.entry import main
 from desisky_tune.errors import DataError, RunError, SearchInterrupted, StorageError
@@ -54,8 +55,7 @@ def test_a_search_on_a_url_is_resumed_elsewhere_to_the_same_trials(
     ray_instance: Any, tmp_path: Path, another_machine: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec = load_spec("quick", overrides=SMALL)
-    alone = load_spec("quick", overrides=(*SMALL, "evaluation.finalists=0"))
-    undisturbed = run_search(alone, runs=tmp_path / "whole", name="run")
+    undisturbed = in_process(spec, tmp_path / "whole")
     url = f"file://{tmp_path}/bucket/runs"
 
     def die(event: Event) -> None:
@@ -72,7 +72,7 @@ def test_a_search_on_a_url_is_resumed_elsewhere_to_the_same_trials(
     another_machine()
     resumed = resume_search(f"{url}/run")
     assert [record.number for record in resumed.records] == [0, 1, 2, 3]
-    for one, other in zip(resumed.records, undisturbed.records, strict=True):
+    for one, other in zip(resumed.records, undisturbed, strict=True):
         assert (one.configuration, one.objective) == (other.configuration, other.objective)
         assert one.curve == other.curve
     objects = sorted((there / "ledger").iterdir())
@@ -86,6 +86,13 @@ def test_a_search_on_a_url_is_resumed_elsewhere_to_the_same_trials(
     assert {row["trial"] for row in board} == {0, 1, 2, 3}
     assert main(["export", f"{url}/run", str(tmp_path / "three.eqx"), "--trial", "3"]) == 0
     assert (tmp_path / "three.eqx").exists()
+    # What it exported, which is there though none of it was made here.
+    assert main(["export", f"{url}/run", str(tmp_path / "best.eqx")]) == 0
+    kept = [
+        path.read_bytes().split(b"\n", 1)[1]
+        for path in (tmp_path / "best.eqx", there / "best" / "run.eqx")
+    ]
+    assert kept[0] == kept[1]
     assert main(["report", f"{url}/run"]) == 2
     assert fetch_from_storage(url, "run", tmp_path / "fetched").is_dir()
 

@@ -20,8 +20,13 @@ from ray.tune.search import Searcher
 from ray.tune.utils.util import flatten_dict
 
 from desisky_tune.data.columns import BANDS
+from desisky_tune.data.features import load_features
+from desisky_tune.data.splits import make_split
 from desisky_tune.search.backend import CURVE_SERIES, Assignment, Progress
 from desisky_tune.search.folder import RunFolder
+from desisky_tune.search.folds import search_arrays
+from desisky_tune.search.local import LocalBackend
+from desisky_tune.search.origin import SearchRun
 from desisky_tune.search.recorder import Recorder
 from desisky_tune.search.records import Ledger, TrialRecord
 from desisky_tune.search.schedulers import make_scheduler
@@ -263,3 +268,18 @@ class VirtualSearch:
         self.searcher.on_trial_complete(trial.trial_id, flat)
         self.recorder.on_trial_complete(0, [], trial)
         return False
+
+
+def in_process(spec: SearchSpec, folder: Path) -> list[TrialRecord]:
+    """The trials of a search of the shipped exposures, really trained, one after another.
+
+    No process is started: what a search on Ray is held against, where its trials do not depend
+    on the order in which they end.
+    """
+    table = load_features()
+    split = make_split(
+        table.frame, spec.split.by, fractions=spec.split.fractions, seed=spec.split.seed
+    )
+    run = SearchRun(RunFolder(folder), spec, table, split)
+    backend = LocalBackend(search_arrays(run), spec.training, folder)
+    return VirtualSearch(spec, folder, backend=backend).run()

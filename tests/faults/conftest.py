@@ -1,17 +1,14 @@
-"""What the fault tests are held against: a search that nothing happened to."""
+"""What the fault tests are held against: a search that nothing can happen to."""
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 import pytest
-from filelock import FileLock
 from searches import RANDOM, spec_of
+from virtual_clock import in_process
 
-from desisky_tune.search.folder import RunFolder
-from desisky_tune.search.records import Ledger, TrialRecord
-from desisky_tune.search.run import run_search
+from desisky_tune.search.records import TrialRecord
 
 
 @pytest.fixture
@@ -33,14 +30,7 @@ def address(ray_instance: Any) -> str:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(
-    ray_instance: Any, tmp_path_factory: pytest.TempPathFactory, worker_id: str
-) -> list[TrialRecord]:
-    """The trials of `RANDOM`: of one search, whichever of the session's processes asks first."""
-    base = tmp_path_factory.getbasetemp()
-    ledger = (base if worker_id == "master" else base.parent) / "undisturbed.jsonl"
-    with FileLock(f"{ledger}.lock"):
-        if not ledger.exists():
-            run = run_search(spec_of(RANDOM), runs=tmp_path_factory.mktemp("whole")).run_dir
-            shutil.copyfile(RunFolder(run).ledger, ledger)
-    return sorted(Ledger(ledger).records(), key=lambda record: record.number)
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[TrialRecord]:
+    """The trials of `RANDOM`, trained one after another in this process."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return in_process(spec_of(RANDOM), folder)
