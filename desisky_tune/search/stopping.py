@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from desisky_tune.errors import SearchInterrupted
+from desisky_tune.errors import DesiskyTuneError, SearchInterrupted
 
 #: How long trials may take to finish their rungs (s): less than the notice of two minutes that
 #: a spot machine gives, and that ``deploy/slurm.sh`` asks for.
@@ -96,13 +96,23 @@ class StopRequest:
         return SearchInterrupted(self.run_dir, done, total, terminated=self.terminated)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        _cancel_abort()
         first = self.asked is None
         if first:
             self.asked = number
             self._deadline = time.monotonic() + self.grace
             self._awaited = set(self._running)
         if not (first and self._waits):
-            raise KeyboardInterrupt
+            raise self.interruption()
+
+
+def _cancel_abort() -> None:
+    """Take back what Ray's own handler of SIGTERM sets: an alarm that aborts after three seconds.
+
+    While Ray starts, that handler (absl's, of a process's failures) is called before ours.
+    """
+    if signal.getsignal(signal.SIGALRM) in (signal.SIG_DFL, None):
+        signal.alarm(0)
 
 
 @contextmanager
@@ -114,19 +124,24 @@ def stop_signals() -> Iterator[StopRequest]:
     Raises
     ------
     SearchInterrupted
-        In place of a bare KeyboardInterrupt from inside, and of the SystemExit that Ray's own
-        handler of SIGTERM raises while Ray starts.
+        In place of a bare KeyboardInterrupt from inside, of the SystemExit that Ray's own
+        handler of SIGTERM raises while Ray starts, and of what a library makes of a signal that
+        came while it was at work.
     """
     request = StopRequest()
     in_main = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in _SIGNALS} if in_main else {}
-    request.listen()
     try:
+        request.listen()
         yield request
-    except SearchInterrupted:
+    except (SearchInterrupted, DesiskyTuneError):
         raise
     except KeyboardInterrupt as stop:
         raise request.interruption() from stop
+    except Exception as fault:
+        if request.asked is None:
+            raise
+        raise request.interruption() from fault
     except SystemExit as end:
         if end.code != signal.SIGTERM:
             raise

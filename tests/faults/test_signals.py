@@ -133,3 +133,51 @@ def test_a_second_signal_interrupts() -> None:
     with pytest.raises(KeyboardInterrupt), stop.finishing_rungs():
         stop._receive(signal.SIGINT, None)
     assert stop.interruption().exit_code == RESUME_ME
+
+
+def test_what_a_library_makes_of_a_signal_is_an_interruption() -> None:
+    """SIGTERM in the middle of somebody else's code, which raises an error of its own for it."""
+
+    def library() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt as swallowed:
+            raise SystemError("returned a result with an exception set") from swallowed
+
+    with pytest.raises(SearchInterrupted, match="stopped by SIGTERM") as ended, stop_signals():
+        library()
+    assert ended.value.exit_code == RESUME_ME
+
+
+def test_an_error_without_a_signal_stays_one() -> None:
+    with pytest.raises(ValueError, match="a bug"), stop_signals():
+        raise ValueError("a bug")
+
+
+def test_a_signal_is_an_interruption_wherever_it_is_caught() -> None:
+    with stop_signals() as stop:
+        with pytest.raises(SearchInterrupted) as ended:
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.terminated
+    assert ended.value.exit_code == RESUME_ME
+
+
+def test_no_alarm_of_ray_s_cuts_the_end_short() -> None:
+    """Ray's C++ handler of SIGTERM sets an alarm that aborts, and then calls ours."""
+    before = signal.getsignal(signal.SIGALRM)
+    assert before == signal.SIG_DFL
+    signal.alarm(60)
+    with stop_signals(), pytest.raises(SearchInterrupted):
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.alarm(0) == 0
+
+
+def test_an_alarm_that_somebody_else_handles_is_left_alone() -> None:
+    before = signal.signal(signal.SIGALRM, lambda number, frame: None)
+    try:
+        signal.alarm(60)
+        with stop_signals(), pytest.raises(SearchInterrupted):
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.alarm(0) > 0
+    finally:
+        signal.signal(signal.SIGALRM, before)
