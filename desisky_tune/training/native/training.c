@@ -11,8 +11,8 @@
    With that the three products of a layer are sums of (number) x (vector of 16) over operands as
    they lie: forward  unit[j] += W[k][j] unit[k];  backward  signal[k] += W[k][j] signal[j];
    gradient  G[.][j] += signal[j] units[.].  A tile of TALL rows by SIDE panels stays in registers
-   over the whole sum, and what follows the sum is done to it there (bias and ReLU; the mask) or
-   at once (Adam): no gradient ever goes to memory.
+   over the whole sum, and what follows is done to it there (bias and ReLU; the mask), or right
+   after from a buffer of a tile's size (Adam): no gradient leaves the first-level cache.
 
    A unit that is zero for a whole batch (in the last layers of a trained model every fourth) is
    left out of all three: what it is multiplied with adds nothing.
@@ -247,7 +247,7 @@ INLINE void forward_wide(const Layer *layer, const Live *inputs, const float *in
                          int relu, int64_t in_apart, int64_t out_apart, const int wide) {
 #define TILE(tall)                                                                       \
     {                                                                                    \
-        vec sum[TALL][WIDE];                                                            \
+        vec sum[TALL][WIDE];                                                             \
         UNROLL for (int r = 0; r < tall; r++)                                            \
             UNROLL for (int p = 0; p < wide; p++) sum[r][p] = spread(layer->bias[from + r]); \
         sum_inputs(sum, tall, wide, layer->weight + from * PANEL, inputs, in, in_apart); \
