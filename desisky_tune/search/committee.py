@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from desisky_tune.data.columns import BANDS
+from desisky_tune.search.accuracy import figures_of
 from desisky_tune.search.backend import Member
-from desisky_tune.search.ensemble import best_numbers, ensemble_out_of_fold
+from desisky_tune.search.ensemble import best_numbers, mean_out_of_fold
 from desisky_tune.search.final_fit import fitted_rows, fitted_split, mean_fits
 from desisky_tune.search.finalists import Final
 from desisky_tune.search.folds import finalist_members
@@ -133,10 +134,8 @@ def numbers_of(seats: Sequence[Seat]) -> list[int]:
 
 def rmse_out_of_fold(final: Final, numbers: Sequence[int]) -> dict[str, float]:
     """Return the RMSE by band (mag) of the mean of finalists on rows that no member saw."""
-    unseen = ensemble_out_of_fold(final, numbers)
-    residual = unseen.predictions.mean(axis=0) - unseen.observed
-    rmse = np.sqrt(np.mean(residual**2, axis=0))
-    return {band: float(value) for band, value in zip(BANDS, rmse, strict=True)}
+    figures = figures_of(mean_out_of_fold(final, numbers).squared)
+    return {band: figures[band] for band in BANDS}
 
 
 def _described(final: Final, seat: Seat, meta: Mapping[str, Any]) -> dict[str, Any]:

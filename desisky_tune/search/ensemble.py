@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,12 @@ def ensemble_out_of_fold(final: Final, numbers: Sequence[int]) -> OutOfFold:
     first = final.errors[numbers[0]]
     predictions = np.concatenate([final.errors[number].predictions for number in numbers])
     return OutOfFold(first.rows, first.fold, predictions, first.observed)
+
+
+def mean_out_of_fold(final: Final, numbers: Sequence[int]) -> OutOfFold:
+    """Return the mean of what `ensemble_out_of_fold` returns."""
+    unseen = ensemble_out_of_fold(final, numbers)
+    return replace(unseen, predictions=unseen.predictions.mean(axis=0, keepdims=True))
 
 
 def write_ensemble(run: SearchRun, final: Final, count: int, out: Path) -> Path:

@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +55,7 @@ from desisky_tune.search.committee import Seat, choose_committee, numbers_of, wr
 from desisky_tune.search.ensemble import (
     best_numbers,
     describe_ensemble,
-    ensemble_out_of_fold,
+    mean_out_of_fold,
     write_ensemble,
 )
 from desisky_tune.search.export import export_trial, export_weights
@@ -141,21 +140,20 @@ def crown_finalist(run: SearchRun, final: Final) -> dict[str, Any]:
     alike = {"alone": winner} if committee else {}
     if default is not None:
         alike["default"] = default
+    source = _write_fit(run, final, winner)
     files = {"winner": run.folder.best}
     files |= {name: _write_fit(run, final, each) for name, each in alike.items()}
     record = final.records[winner.number]
     if known is None or not run.folder.best.exists():
         if committee:
             source = write_committee(run, final, committee, committee_path(run.folder.trials))
-        else:
-            source = _write_fit(run, final, winner)
         export_weights(run.folder, record, source, run.folder.best)
     if known is not None:
         return known
     models = {name: Predictor.load(path).predict for name, path in files.items()}
     by_fold = {"winner": final.errors[winner.number]}
     if committee:
-        by_fold["winner"] = _mean_out_of_fold(final, numbers_of(committee))
+        by_fold["winner"] = mean_out_of_fold(final, numbers_of(committee))
     by_fold |= {name: final.errors[each.number] for name, each in alike.items()}
     ensemble = _write_ensemble(run, final)
     if ensemble is not None:
@@ -259,12 +257,6 @@ def _write_fit(run: SearchRun, final: Final, finalist: Finalist) -> Path:
     return path
 
 
-def _mean_out_of_fold(final: Final, numbers: Sequence[int]) -> OutOfFold:
-    """Return what the mean of finalists' members makes of rows that they did not see."""
-    unseen = ensemble_out_of_fold(final, numbers)
-    return replace(unseen, predictions=unseen.predictions.mean(axis=0, keepdims=True))
-
-
 def _write_ensemble(run: SearchRun, final: Final) -> OutOfFold | None:
     """Write the ensemble; return what its members make of rows that they did not see."""
     count = run.spec.evaluation.ensemble if run.spec.evaluation.finalists else 0
@@ -272,7 +264,7 @@ def _write_ensemble(run: SearchRun, final: Final) -> OutOfFold | None:
         return None
     if not run.folder.ensemble.exists():
         write_ensemble(run, final, count, run.folder.ensemble)
-    return _mean_out_of_fold(final, best_numbers(final, count))
+    return mean_out_of_fold(final, best_numbers(final, count))
 
 
 def _ensemble_figures(run: SearchRun, ensemble: OutOfFold | None) -> dict[str, Any]:
