@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,15 +121,27 @@ class Stages:
         write_final_fit(self.run, fit_of(record, {}), path, MEAN_OF)
         return Predictor.load(path)
 
-    def committee(self, final: Any) -> Any:
-        """Return what a search exports."""
-        from desisky_tune.inference import Predictor
-        from desisky_tune.search.committee import choose_committee, write_committee
+    def committees(self, final: Any) -> dict[str, tuple[Any, Any]]:
+        """Return what a search exports, and the same without the classical model's voice.
 
-        seats = choose_committee(self.run, final)
-        return Predictor.load(
-            write_committee(self.run, final, seats, self.run.folder.path / "committee.eqx")
-        )
+        By name: the committee (`desisky_tune.search.committee.Committee`) and its predictor.
+        """
+        from desisky_tune.inference import Predictor
+        from desisky_tune.search.committee import form_committee, write_committee
+        from desisky_tune.search.ensemble import mean_out_of_fold
+
+        whole = form_committee(self.run, final)
+        assert whole is not None
+        networks = replace(whole, voice=None, unseen=mean_out_of_fold(final, whole.numbers))
+        return {
+            name: (
+                each,
+                Predictor.load(
+                    write_committee(self.run, final, each, self.run.folder.path / f"{name}.eqx")
+                ),
+            )
+            for name, each in {"committee": whole, "networks": networks}.items()
+        }
 
     def members_mean(self, number: int, frame: Any) -> np.ndarray:
         """Return what a finalist's trainings on the folds predict, the mean of one on each."""

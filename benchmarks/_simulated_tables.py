@@ -13,7 +13,8 @@ from desisky_tune.data.columns import BANDS
 #: What the truth is asked about, in the order of the table.
 LABELS: Mapping[str, str] = {
     "ensemble": "ensemble of the best finalists' members",
-    "committee": "committee: one training a fold, of the best finalists in turn; what is exported",
+    "committee": "committee with the classical model's voice; what is exported",
+    "networks": "committee without it: one training a fold, of the best finalists in turn",
     "winner": "finalists' winner, fitted to all rows with 5 seeds",
     "default": "documented default, fitted to all rows with 5 seeds",
     "default_mean": "documented default, the mean of one training a fold",
@@ -25,7 +26,7 @@ LABELS: Mapping[str, str] = {
     "middle": "the middle trial: no choice at all",
 }
 #: Of all rows, and so compared with the oracle's configuration fitted to all rows, too.
-FITTED = ("ensemble", "committee", "winner", "default", "default_mean")
+FITTED = ("ensemble", "committee", "networks", "winner", "default", "default_mean")
 
 #: How a promise is called, what promised, what came of it, and the same of the documented
 #: default, which nobody chose.
@@ -40,6 +41,12 @@ PROMISES: Sequence[tuple[str, str, str, tuple[str, str] | None]] = (
         "committee, as exported",
         "committee",
         "committee",
+        ("default_folds", "default_mean"),
+    ),
+    (
+        "committee without the classical model's voice",
+        "networks",
+        "networks",
         ("default_folds", "default_mean"),
     ),
     (

@@ -41,7 +41,8 @@ from desisky_tune.inference.bootstrap import interval, night_weights, resampled_
 
 #: How the models are called, in the order of the table.
 LABELS: Mapping[str, str] = {
-    "committee": "committee: one training a fold, of the best finalists in turn; what is exported",
+    "committee": "committee with the classical model's voice; what is exported",
+    "networks": "committee without it: one training a fold, of the best finalists in turn",
     "winner_mean": "finalists' winner, fitted to all rows with 5 seeds",
     "winner": "finalists' winner, fitted to all rows once",
     "ensemble": "ensemble of the best finalists' members",
@@ -50,6 +51,7 @@ LABELS: Mapping[str, str] = {
     "default": "documented default, scaled, fitted to all rows once",
     "default_mean": "documented default, scaled, fitted to all rows with 5 seeds",
     "default_folds": "documented default, scaled, the mean of one training a fold",
+    "default_voice": "the same with the classical model's voice",
     "default_single": "documented default, scaled, on the holdout",
     "default_raw": "documented default, raw inputs, on the holdout",
     "trees": "gradient-boosted trees",
@@ -152,7 +154,6 @@ class Cell(Stages):
         """Return predictions by model, what was promised, and what was chosen."""
         from desisky_tune.inference import Predictor
         from desisky_tune.search.baselines import fit_baselines
-        from desisky_tune.search.committee import rmse_out_of_fold
         from desisky_tune.search.final_fit import fit_of, fitted_rows, write_final_fit
         from desisky_tune.search.local import checkpoint_path, final_path, member_path
         from desisky_tune.search.records import best_record
@@ -183,8 +184,11 @@ class Cell(Stages):
         for name, finalist in (("winner", final.winner), ("default", final.default)):
             fit = self.mean_fit(name, final.records[finalist.number])
             predictions[f"{name}_mean"] = fit.predict(scored)
-        predictions["committee"] = self.committee(final).predict(scored)
-        predictions["default_folds"] = self.members_mean(final.default.number, scored)
+        committees = self.committees(final)
+        predictions |= {name: each.predict(scored) for name, (_, each) in committees.items()}
+        alike = self.members_mean(final.default.number, scored)
+        predictions["default_folds"] = alike
+        predictions["default_voice"], share = self.with_voice(final, alike)
         predictions["transfer"] = self.transfer(scored)
         predictions["default_raw"] = self.raw_default(scored)
         baselines = fit_baselines(run, fitted_rows(run))
@@ -196,12 +200,20 @@ class Cell(Stages):
                 "rows": len(out_of_fold.rows),
                 "rmse": final.records[final.winner.number].rmse,
             },
-            "committee": {"rows": len(out_of_fold.rows), "rmse": rmse_out_of_fold(final, best)},
+            **{
+                name: {"rows": len(out_of_fold.rows), "rmse": each.rmse}
+                for name, (each, _) in committees.items()
+            },
         }
+        voice = committees["committee"][0].voice
         chosen = {
             "single": dict(single.configuration),
             "winner": dict(final.winner.configuration),
             "default_epochs": final.records[final.default.number].best_epoch,
+            "shares": {
+                "committee": 0.0 if voice is None else voice.share,
+                "default": share,
+            },
         }
         return predictions, promised, chosen
 
@@ -209,6 +221,21 @@ class Cell(Stages):
     def scored(self) -> Any:
         """The exposures of the outer fold."""
         return self.run.table.frame.iloc[self.run.split.test]
+
+    def with_voice(self, final: Any, predictions: np.ndarray) -> tuple[np.ndarray, float]:
+        """Return the documented default's predictions with the classical model's voice.
+
+        The voice has the share that the folds give it; that share comes along.
+        """
+        from desisky_tune.search.classical_voice import fit_classical, hear_classical
+        from desisky_tune.search.ensemble import mean_out_of_fold
+        from desisky_tune.search.final_fit import fitted_rows
+
+        voice = hear_classical(self.run, mean_out_of_fold(final, [final.default.number]))
+        if voice is None:
+            return predictions, 0.0
+        spoken = fit_classical(self.run, fitted_rows(self.run)).predict(self.scored)
+        return (1 - voice.share) * predictions + voice.share * spoken, voice.share
 
     def transfer(self, scored: Any) -> np.ndarray:
         """Pretrain the documented default on made-up rows, fine-tune it, predict.
@@ -446,6 +473,7 @@ def optimism_table(
         ("single", "single"),
         ("winner", "winner"),
         ("winner_mean", "winner"),
+        ("networks", "networks"),
         ("committee", "committee"),
     ):
         if name not in squared:

@@ -158,8 +158,6 @@ class Draw(Stages):
 
     def outcome(self) -> dict[str, Any]:
         """Return what the selection promised and chose, and what the truth says of it."""
-        from desisky_tune.search.committee import rmse_out_of_fold
-        from desisky_tune.search.ensemble import best_numbers
         from desisky_tune.search.records import best_record
 
         records = self.search()
@@ -183,14 +181,14 @@ class Draw(Stages):
         for name, finalist in (("winner_folds", winner), ("default_folds", default)):
             models[name] = self.members_rmse(finalist.number)
         models["ensemble"], spread = self.ensemble(final)
-        models["committee"] = self.rmse(self.committee(final))
+        committees = self.committees(final)
+        models |= {name: self.rmse(each) for name, (_, each) in committees.items()}
         on_folds = self.members_mean(default.number, self.truth)
         models["default_mean"] = rmse_by_band(on_folds - self.observed)
-        best = best_numbers(final, self.settings["members"])
         promised = {
             "single": by_band(single.rmse),
             "winner_folds": by_band(fits["winner"].rmse),
-            "committee": by_band(rmse_out_of_fold(final, best)),
+            **{name: by_band(each.rmse) for name, (each, _) in committees.items()},
             "default_trial": by_band(records[0].rmse),
             "default_folds": by_band(fits["default"].rmse),
         }

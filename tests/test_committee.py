@@ -10,7 +10,7 @@ import pytest
 from desisky_tune.data.features import load_features
 from desisky_tune.data.splits import make_split
 from desisky_tune.search.backend import Member
-from desisky_tune.search.committee import choose_committee, numbers_of
+from desisky_tune.search.committee import choose_seats, numbers_of
 from desisky_tune.search.final_fit import MOST_WEIGHTS
 from desisky_tune.search.finalists import Final, Finalist, OutOfFold
 from desisky_tune.search.folder import RunFolder
@@ -75,7 +75,7 @@ def test_a_training_on_each_fold_of_the_best_in_turn(
 ) -> None:
     assert 7 * 1024**2 < MOST_WEIGHTS < 7 * 1280**2
     run = a_run(tmp_path, *overrides)
-    seats = choose_committee(run, final_of(*shapes))
+    seats = choose_seats(run, final_of(*shapes))
     assert [seat.number for seat in seats] == expected
     assert numbers_of(seats) == sorted(set(expected))
     # On different folds as far as they go, then with another seed.

@@ -35,6 +35,24 @@ def test_it_gives_the_mean_of_its_members(shapes: list[tuple[int, int]], seed: i
     assert merged.depth == max(depth for _, depth in shapes)
 
 
+@given(shares=st.lists(st.floats(0, 1), min_size=2, max_size=5), seed=st.integers(0, 1000))
+@settings(max_examples=4, deadline=None)
+def test_members_may_count_differently(shares: list[float], seed: int) -> None:
+    weights = (np.array(shares) + 1e-3) / (np.array(shares) + 1e-3).sum()
+    members = [network(3 + at, 1 + at % 2, seed + at) for at in range(len(shares))]
+    inputs = np.random.default_rng(seed).normal(size=(7, 6)).astype(np.float32)
+    each = [np.asarray(jax.vmap(member)(inputs)) for member in members]
+    merged = mean_model(members, list(weights))
+    expected = np.average(each, axis=0, weights=weights)
+    np.testing.assert_allclose(jax.vmap(merged)(inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.5, 0.6], [0.5, 0.25, 0.25]])
+def test_weights_that_make_no_mean_are_refused(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="the mean of 2 models takes as many weights, of sum 1"):
+        mean_model([network(4, 1, 0), network(4, 1, 1)], weights)
+
+
 @pytest.mark.parametrize(
     "members", [[], [network(4, 0, 0), network(4, 1, 1)], [network(4, 1, 0), network(4, 1, 0, 5)]]
 )

@@ -28,6 +28,8 @@ from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.trackers import require_tools, tracking
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import pandas as pd
 
     from desisky_tune.search.run import SearchResult
@@ -302,12 +304,19 @@ def _show_result(result: SearchResult, as_json: bool) -> None:
     if committee:
         show(
             f"exported: the mean of {committee['trainings']} trainings on folds, of the finalists "
-            f"{', '.join(map(str, committee['finalists']))}, as one network"
+            f"{', '.join(map(str, committee['finalists']))}{_with_classical(committee)}, "
+            "as one network"
         )
     show(figures_text(result.evaluation))
     show(f"\ncheckpoint: {checkpoint_place(result)}")
     out = "" if result.place == result.run_dir else " --out DIR"
     show(f"figures: desisky-tune report {shlex.quote(str(result.place))}{out}")
+
+
+def _with_classical(committee: Mapping[str, Any]) -> str:
+    """Say what share the classical model has in a committee, where it has one."""
+    share = committee.get("classical")
+    return f", with {100 * share:.0f} % of the classical model" if share else ""
 
 
 def checkpoint_place(result: SearchResult) -> str:

@@ -1,7 +1,8 @@
-"""The mean of several networks, as one network."""
+"""The mean of several networks, weighted or not, as one network."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def mean_model(models: Sequence[eqx.nn.MLP]) -> eqx.nn.MLP:
+def mean_model(models: Sequence[eqx.nn.MLP], weights: Sequence[float] | None = None) -> eqx.nn.MLP:
     """Return one MLP that gives the mean of what several MLPs give.
 
     The members lie side by side in it: their first layers one above the other, the layers
-    between on the diagonal of larger ones (zeros elsewhere), the mean of their last ones at
-    the end. A member with fewer layers than another is lengthened by identities, which ReLU
+    between on the diagonal of larger ones (zeros elsewhere), the (weighted) mean of their last ones
+    at the end. A member with fewer layers than another is lengthened by identities, which ReLU
     leaves alone, since what it gives is never negative. Exact up to rounding.
 
     Parameters
@@ -25,6 +26,8 @@ def mean_model(models: Sequence[eqx.nn.MLP]) -> eqx.nn.MLP:
     models
         MLPs with ReLU, biases and at least one hidden layer, as `make_broadbandMLP` makes
         them, of the same inputs and outputs; widths and depths may differ.
+    weights
+        How much each counts; they add up to 1. None: all alike.
 
     Returns
     -------
@@ -39,6 +42,9 @@ def mean_model(models: Sequence[eqx.nn.MLP]) -> eqx.nn.MLP:
     """
     if not models:
         raise ValueError("the mean of no model")
+    shares = [1 / len(models)] * len(models) if weights is None else list(weights)
+    if len(shares) != len(models) or not math.isclose(sum(shares), 1, abs_tol=1e-9):
+        raise ValueError(f"the mean of {len(models)} models takes as many weights, of sum 1")
     if len(models) == 1:
         return models[0]
     layers = [_arrays(model) for model in models]
@@ -54,10 +60,11 @@ def mean_model(models: Sequence[eqx.nn.MLP]) -> eqx.nn.MLP:
     for level in range(1, depth):
         blocks = [each[level] if level < len(each) - 1 else _identity(each) for each in layers]
         merged.append((_diagonal([w for w, _ in blocks]), np.concatenate([b for _, b in blocks])))
+    last = [(each[-1], share) for each, share in zip(layers, shares, strict=True)]
     merged.append(
         (
-            np.concatenate([each[-1][0] for each in layers], axis=1) / len(layers),
-            np.mean([each[-1][1] for each in layers], axis=0),
+            np.concatenate([w * s for (w, _), s in last], axis=1),
+            np.sum([b * s for (_, b), s in last], axis=0),
         )
     )
     (inputs, outputs), width = ends.pop(), len(merged[0][1])

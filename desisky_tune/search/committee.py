@@ -5,7 +5,8 @@ training gives depends on the nights that it saw. The mean of trainings that saw
 is better on others than any single one is (docs/selection.md has the figures). So what is exported
 is the mean of one training a fold, of the best finalists in turn: they are there already, every
 row was seen by all of them but one, and the mean of networks is a network
-(`desisky_tune.models.mean`).
+(`desisky_tune.models.mean`). Where the folds say so the classical model has a voice in it
+(`desisky_tune.search.classical_voice`).
 """
 
 from __future__ import annotations
@@ -20,9 +21,17 @@ import numpy as np
 from desisky_tune.data.columns import BANDS
 from desisky_tune.search.accuracy import figures_of
 from desisky_tune.search.backend import Member
+from desisky_tune.search.classical_voice import (
+    SHAPE,
+    Voice,
+    can_speak,
+    fit_classical,
+    hear_classical,
+    imitate,
+)
 from desisky_tune.search.ensemble import best_numbers, mean_out_of_fold
 from desisky_tune.search.final_fit import fitted_rows, fitted_split, mean_fits
-from desisky_tune.search.finalists import Final
+from desisky_tune.search.finalists import Final, OutOfFold
 from desisky_tune.search.folds import finalist_members
 from desisky_tune.search.origin import checkpoint_header
 from desisky_tune.search.trial_files import member_path
@@ -47,14 +56,65 @@ class Seat:
     member: Member
 
 
-def choose_committee(run: SearchRun, final: Final) -> list[Seat]:
-    """Return who is in the committee of a run's finalists; nobody where there is none.
+@dataclass(frozen=True)
+class Committee:
+    """What a run's finalists export.
+
+    Attributes
+    ----------
+    seats
+        Its trainings, which count alike.
+    voice
+        The classical model's; None where it has none.
+    unseen
+        What it makes of the training and validation rows, by trainings that did not see them.
+    """
+
+    seats: tuple[Seat, ...]
+    voice: Voice | None
+    unseen: OutOfFold
+
+    @property
+    def numbers(self) -> list[int]:
+        """The finalists whose trainings it has, the best first."""
+        return numbers_of(self.seats)
+
+    @property
+    def rmse(self) -> dict[str, float]:
+        """RMSE by band (mag) of `unseen`."""
+        figures = figures_of(self.unseen.squared)
+        return {band: figures[band] for band in BANDS}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what an evaluation says of it."""
+        said = {"trainings": len(self.seats), "finalists": self.numbers}
+        return said if self.voice is None else {**said, "classical": self.voice.share}
+
+
+def form_committee(run: SearchRun, final: Final) -> Committee | None:
+    """Return the committee of a run's finalists; None where there is none."""
+    speaks = can_speak(run)
+    seats = choose_seats(run, final, [SHAPE] if speaks else [])
+    if speaks and not seats:
+        # The limit on the weights leaves no room for the voice.
+        speaks, seats = False, choose_seats(run, final)
+    if not seats:
+        return None
+    networks = mean_out_of_fold(final, numbers_of(seats))
+    voice = hear_classical(run, networks) if speaks else None
+    return Committee(tuple(seats), voice, networks if voice is None else voice.among(networks))
+
+
+def choose_seats(
+    run: SearchRun, final: Final, beside: Sequence[Mapping[str, int]] = ()
+) -> list[Seat]:
+    """Return whose trainings are in the committee of a run's finalists; nobody's where none is.
 
     A training on each fold, of the best ``evaluation.committee`` finalists in turn (where they are
     more than the folds, more than one on some of them). Fewer where their mean would have more
-    weights than a checkpoint may have (`desisky_tune.search.final_fit.mean_fits`). There is none
-    of one finalist or one training, none where no finalists are asked for, and none where the
-    number of weights is an objective of the search.
+    weights than a checkpoint may have (`desisky_tune.search.final_fit.mean_fits`), together with
+    networks of the shapes `beside`. There is none of one finalist or one training, none where no
+    finalists are asked for, and none where the number of weights is an objective of the search.
     """
     spec = run.spec
     if not spec.evaluation.finalists or "parameters" in spec.search.objectives:
@@ -64,12 +124,17 @@ def choose_committee(run: SearchRun, final: Final) -> list[Seat]:
     members = sorted(finalist_members(spec), key=lambda member: (member.seed, member.fold))
     count = min(max(spec.evaluation.finalist_folds, len(numbers)), len(members))
     seats = [Seat(numbers[i % len(numbers)], members[i]) for i in range(count)]
-    while seats and not mean_fits(spec, [final.finalists[s.number].configuration for s in seats]):
+
+    def fits() -> bool:
+        of_seats = [final.finalists[seat.number].configuration for seat in seats]
+        return mean_fits(spec, [*of_seats, *beside])
+
+    while seats and not fits():
         seats.pop()
     return seats if len({seat.number for seat in seats}) > 1 else []
 
 
-def write_committee(run: SearchRun, final: Final, seats: Sequence[Seat], path: Path) -> Path:
+def write_committee(run: SearchRun, final: Final, committee: Committee, path: Path) -> Path:
     """Write the mean of a committee's trainings, which lie in the run's folder.
 
     Parameters
@@ -78,8 +143,8 @@ def write_committee(run: SearchRun, final: Final, seats: Sequence[Seat], path: P
         The run. Its test rows are not looked at.
     final
         Its finalists.
-    seats
-        The committee.
+    committee
+        Of them.
     path
         The checkpoint to write; it appears when it is complete.
     """
@@ -88,15 +153,26 @@ def write_committee(run: SearchRun, final: Final, seats: Sequence[Seat], path: P
     from desisky_tune.training.scaling import Scaling
 
     models, metas = [], []
-    for seat in seats:
+    for seat in committee.seats:
         source = member_path(run.folder.trials, seat.number, seat.member)
         run.folder.fetched(source)
         model, meta = load_model("broadband", path=source)
         models.append(model)
         metas.append(meta)
-    mean = mean_model(models)
-    numbers = numbers_of(seats)
-    first = final.records[numbers[0]]
+    spoken = 0.0 if committee.voice is None else committee.voice.share
+    shares = [(1 - spoken) / len(models)] * len(models)
+    described = [
+        {"share": share, **_described(final, seat, meta)}
+        for share, seat, meta in zip(shares, committee.seats, metas, strict=True)
+    ]
+    if spoken:
+        network, said = _imitation(run, feature_names(metas[0]))
+        models.append(network)
+        shares.append(spoken)
+        described.append({"share": spoken, **said})
+    mean = mean_model(models, shares)
+    first = committee.numbers[0]
+    record = final.records[first]
     header = checkpoint_header(run)
     pretrained = next((meta["pretrain"] for meta in metas if "pretrain" in meta), None)
     meta = checkpoint_meta(
@@ -105,37 +181,37 @@ def write_committee(run: SearchRun, final: Final, seats: Sequence[Seat], path: P
         # Each was trained in the scaling of its own rows; the mean is trained on in that of all.
         scaling=Scaling.fit(*run.table.arrays(fitted_rows(run), run.spec.data.features)),
         training={
-            "epoch": first.best_epoch,
+            "epoch": record.best_epoch,
             **{
                 name: float(np.mean([meta["training"][name] for meta in metas]))
                 for name in ("test_loss", "train_loss")
             },
-            "per_band_rmse": rmse_out_of_fold(final, numbers),
+            "per_band_rmse": committee.rmse,
             "config": metas[0]["training"]["config"],
         },
         **{
             **header,
             **({} if pretrained is None else {"pretrain": pretrained}),
-            "search": {**header["search"], "trial": final.finalists[numbers[0]].trial},
-            "mean_of": [
-                _described(final, seat, meta) for seat, meta in zip(seats, metas, strict=True)
-            ],
+            "search": {**header["search"], "trial": final.finalists[first].trial},
+            "mean_of": described,
             "split": fitted_split(run, header["split"]),
-            "seed": first.seed,
+            "seed": record.seed,
         },
     )
     return save(path, mean, meta)
 
 
 def numbers_of(seats: Sequence[Seat]) -> list[int]:
-    """Return the finalists of a committee, the best first."""
+    """Return the finalists of some seats, the best first."""
     return list(dict.fromkeys(seat.number for seat in seats))
 
 
-def rmse_out_of_fold(final: Final, numbers: Sequence[int]) -> dict[str, float]:
-    """Return the RMSE by band (mag) of the mean of finalists on rows that no member saw."""
-    figures = figures_of(mean_out_of_fold(final, numbers).squared)
-    return {band: figures[band] for band in BANDS}
+def _imitation(run: SearchRun, features: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """Return a network that gives what the classical model does, and what a header says of it."""
+    rows = fitted_rows(run)
+    model = fit_classical(run, rows)
+    made = imitate(model, run.table.frame.iloc[rows], features, run.spec.training.seed)
+    return made.network, {"classical": model.as_dict(), "imitated_to": made.rmse, **SHAPE}
 
 
 def _described(final: Final, seat: Seat, meta: Mapping[str, Any]) -> dict[str, Any]:

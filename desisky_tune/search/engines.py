@@ -113,6 +113,7 @@ def plan_engines(
     *,
     local: bool,
     members: int = 1,
+    spare: int = SPARE,
 ) -> list[EnginePlan]:
     """Return the engines of a search: one per node for the CPUs, or one per GPU.
 
@@ -128,6 +129,8 @@ def plan_engines(
         Whether Ray lives in this process: what it has not now it will never have.
     members
         Trainings of each trial.
+    spare
+        Trials that may wait at each engine of a CPU.
 
     Raises
     ------
@@ -159,7 +162,10 @@ def plan_engines(
         whole, rest = divmod(missing, usual)
         chosen += [(None, usual)] * whole + [(None, rest)] * bool(rest)
     # One trial at a time is a promise: what the sampler knows is then always the same.
-    spare = 0 if wanted == 1 and asked.workers == 1 else SPARE
+    if wanted == 1 and asked.workers == 1:
+        spare = 0
+    elif device == "gpu":
+        spare = SPARE
     return [
         _plan(f"{device}-{at}", device, node, slots, spare, asked)
         for at, (node, slots) in enumerate(chosen)

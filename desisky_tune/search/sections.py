@@ -291,6 +291,8 @@ class EvaluationSpec(Section):
     committee
         What is exported is the mean of a training on each of the finalists' folds, of the best
         so many finalists in turn, as one network. 1: the winner's final fit.
+    classical
+        The classical model has a voice in the committee, with the weight that the folds give it.
     ensemble
         The members of the best so many finalists make an ensemble; 0: none is made.
 
@@ -305,6 +307,7 @@ class EvaluationSpec(Section):
     finalist_seeds: Annotated[Whole, Field(ge=1, le=100)] = 3
     final_seeds: Annotated[Whole, Field(ge=1, le=100)] = 5
     committee: Annotated[Whole, Field(ge=1, le=100)] = 3
+    classical: StrictBool = True
     ensemble: Annotated[Whole, Field(ge=0, le=1000)] = 3
 
     @field_validator("finalists")

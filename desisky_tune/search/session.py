@@ -173,7 +173,9 @@ def _run_session(
     known = Ledger(stage.ledger).records()
     remaining = remaining_trials(stage.total, known)
     trainings = max(1, len(stage.members))
-    plans = plan_engines(nodes_of(ray), spec.resources, emit, local=local, members=trainings)
+    plans = plan_engines(
+        nodes_of(ray), spec.resources, emit, local=local, members=trainings, spare=stage.spare
+    )
     in_flight = min(sum(plan.room for plan in plans), remaining)
     ordered = spec.search.deterministic and stage.ordered
     if ordered:

@@ -14,6 +14,7 @@ from ray.tune.search import Searcher
 
 from desisky_tune.search.arrays import SearchArrays
 from desisky_tune.search.backend import Member
+from desisky_tune.search.engines import SPARE
 from desisky_tune.search.folds import (
     finalist_arrays,
     finalist_members,
@@ -41,6 +42,7 @@ class Stage(Protocol):
     keep_members: bool
     time_limit: float | None
     ordered: bool
+    spare: int
 
     def arrays(self) -> SearchArrays:
         """Return the rows that its trials see."""
@@ -64,6 +66,7 @@ class SearchStage:
     sessions = "session"
     ordered = True
     keep_members = False
+    spare = SPARE
 
     def __init__(self, run: SearchRun) -> None:
         self._run = run
@@ -132,6 +135,8 @@ class FinalistStage:
     sessions = "finalists"
     ordered = False
     keep_members = True
+    #: Each trains for seconds at least; a process that waits beside it costs as much to start.
+    spare = 0
     time_limit: float | None = None
 
     def __init__(self, run: SearchRun, configurations: Mapping[int, Mapping[str, Any]]) -> None:

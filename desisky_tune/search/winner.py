@@ -25,15 +25,15 @@ other folds; the winner and the baselines were then fitted to all of these rows 
 met the test rows. There are then also ``final_fit`` (epochs, seed, seeds, rows, and the RMSE on the
 rows that were fitted) and ``finalists``, their board. Where a committee is exported, its
 ``validation`` is that of the mean of its finalists' members, and ``final_fit`` has under
-``committee`` how many trainings it is of and the numbers of the finalists; epochs and seeds are
-those of ``alone``. ``pretrain`` says what the trials began with, where their weights were not
-drawn.
+``committee`` how many trainings it is of, the numbers of the finalists, and under ``classical``
+the classical model's share, where it has a voice; epochs and seeds are those of ``alone``.
+``pretrain`` says what the trials began with, where their weights were not drawn.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,7 @@ from desisky_tune.search.accuracy import (
     squared_residuals,
 )
 from desisky_tune.search.baselines import Predict, fit_baselines
-from desisky_tune.search.committee import Seat, choose_committee, numbers_of, write_committee
+from desisky_tune.search.committee import Committee, form_committee, write_committee
 from desisky_tune.search.ensemble import (
     best_numbers,
     describe_ensemble,
@@ -136,8 +136,8 @@ def crown_finalist(run: SearchRun, final: Final) -> dict[str, Any]:
     winner, default = final.winner, final.default
     number = winner.number if winner.trial is None else winner.trial
     known = _known(run, number)
-    committee = choose_committee(run, final)
-    alike = {"alone": winner} if committee else {}
+    committee = form_committee(run, final)
+    alike = {} if committee is None else {"alone": winner}
     if default is not None:
         alike["default"] = default
     source = _write_fit(run, final, winner)
@@ -145,15 +145,15 @@ def crown_finalist(run: SearchRun, final: Final) -> dict[str, Any]:
     files |= {name: _write_fit(run, final, each) for name, each in alike.items()}
     record = final.records[winner.number]
     if known is None or not run.folder.best.exists():
-        if committee:
+        if committee is not None:
             source = write_committee(run, final, committee, committee_path(run.folder.trials))
         export_weights(run.folder, record, source, run.folder.best)
     if known is not None:
         return known
     models = {name: Predictor.load(path).predict for name, path in files.items()}
     by_fold = {"winner": final.errors[winner.number]}
-    if committee:
-        by_fold["winner"] = mean_out_of_fold(final, numbers_of(committee))
+    if committee is not None:
+        by_fold["winner"] = committee.unseen
     by_fold |= {name: final.errors[each.number] for name, each in alike.items()}
     ensemble = _write_ensemble(run, final)
     if ensemble is not None:
@@ -275,19 +275,18 @@ def _ensemble_figures(run: SearchRun, ensemble: OutOfFold | None) -> dict[str, A
 
 
 def _fit_figures(
-    run: SearchRun, record: TrialRecord, committee: Sequence[Seat], models: Mapping[str, Predict]
+    run: SearchRun, record: TrialRecord, committee: Committee | None, models: Mapping[str, Predict]
 ) -> dict[str, Any]:
     """Describe the winner's final fit, and what the export makes of the rows of the fit."""
     fitted = fitted_rows(run)
     assert record.best_epoch is not None
     alone = final_path(run.folder.trials, record.number)
-    among = {"trainings": len(committee), "finalists": numbers_of(committee)}
     return {
         "final_fit": {
             "epochs": record.best_epoch + 1,
             "seed": record.seed,
             "seeds": list(read_header(alone)["mean_of"]["seeds"]),
-            **({"committee": among} if committee else {}),
+            **({} if committee is None else {"committee": committee.as_dict()}),
             "rows": len(fitted),
             "rmse": figures_of(squared_residuals(run, models["winner"], fitted)),
         }
