@@ -152,10 +152,11 @@ class Cell(Stages):
 
     def outcome(self) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]:
         """Return predictions by model, what was promised, and what was chosen."""
-        from desisky_tune.inference import Predictor
+        from desisky_tune.inference import EnsemblePredictor, Predictor
         from desisky_tune.search.baselines import fit_baselines
+        from desisky_tune.search.ensemble import fit_ensemble, write_ensemble
         from desisky_tune.search.final_fit import fit_of, fitted_rows, write_final_fit
-        from desisky_tune.search.local import checkpoint_path, final_path, member_path
+        from desisky_tune.search.local import checkpoint_path, final_path
         from desisky_tune.search.records import best_record
 
         run, trials, scored = self.run, self.run.folder.trials, self.scored
@@ -172,15 +173,9 @@ class Cell(Stages):
             files[name] = final_path(trials, finalist.number)
             write_final_fit(run, fit_of(final.records[finalist.number], {}), files[name])
         predictions = {name: Predictor.load(path).predict(scored) for name, path in files.items()}
-        best = [standing.number for standing in final.standings[: self.members]]
-        predictions["ensemble"] = np.mean(
-            [
-                Predictor.load(member_path(trials, number, member)).predict(scored)
-                for number in best
-                for member in self.finalist_members
-            ],
-            axis=0,
-        )
+        fit = fit_ensemble(run, final, self.members)
+        ensemble = write_ensemble(run, fit, run.folder.ensemble)
+        predictions["ensemble"] = EnsemblePredictor.load(ensemble).predict(scored)
         for name, finalist in (("winner", final.winner), ("default", final.default)):
             fit = self.mean_fit(name, final.records[finalist.number])
             predictions[f"{name}_mean"] = fit.predict(scored)

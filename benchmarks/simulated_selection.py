@@ -258,13 +258,14 @@ class Draw(Stages):
         """Write the ensemble; return its RMSE, and how often its 90 % interval holds the truth."""
         from desisky_tune.inference import PREDICTIONS, predict_frame
         from desisky_tune.inference.ensemble import HALF_WIDTHS, INDEX, SIGMAS
-        from desisky_tune.search.ensemble import write_ensemble
+        from desisky_tune.search.ensemble import fit_ensemble, write_ensemble
 
-        folder = write_ensemble(self.run, final, self.settings["members"], self.run.folder.ensemble)
+        fit = fit_ensemble(self.run, final, self.settings["members"])
+        folder = write_ensemble(self.run, fit, self.run.folder.ensemble)
         predicted = predict_frame(folder, self.truth)
         residual = predicted[list(PREDICTIONS)].to_numpy() - self.observed
         half = predicted[list(HALF_WIDTHS)].to_numpy()
-        by_rows = self.quantile_by_rows(final) * predicted[list(SIGMAS)].to_numpy()
+        by_rows = self.quantile_by_rows(fit) * predicted[list(SIGMAS)].to_numpy()
         index = json.loads((folder / INDEX).read_text())
         stated = index["calibration"]["coverage_90"]
         return rmse_by_band(residual), {
@@ -275,16 +276,12 @@ class Draw(Stages):
             "half_width_by_rows": by_rows.mean(axis=0).tolist(),
         }
 
-    def quantile_by_rows(self, final: Any) -> np.ndarray:
+    def quantile_by_rows(self, fit: Any) -> np.ndarray:
         """Return the calibration's quantile as if every exposure were a night of its own."""
-        from desisky_tune.inference.ensemble import Calibration, scatter_of
-        from desisky_tune.search.ensemble import best_numbers, ensemble_out_of_fold
+        from desisky_tune.inference.ensemble import Calibration
 
-        numbers = best_numbers(final, self.settings["members"])
-        unseen = ensemble_out_of_fold(final, numbers)
-        residual = unseen.predictions.mean(axis=0) - unseen.observed
-        each = np.arange(len(residual))
-        return Calibration.fit(residual, scatter_of(unseen.predictions), each).quantile_90
+        residual = fit.mean.predictions[0] - fit.mean.observed
+        return Calibration.fit(residual, fit.scatter, np.arange(len(residual))).quantile_90
 
     def noise(self) -> list[float]:
         """Return the scatter of the magnitudes under the same conditions, by band (mag).

@@ -21,6 +21,7 @@ from desisky_tune.inference.ensemble import (
     SIGMAS,
     Calibration,
     coverage_by_fold,
+    mean_of,
     quantile_by_night,
     scatter_of,
 )
@@ -112,6 +113,27 @@ def test_scatter_of_one_member_is_none() -> None:
     np.testing.assert_allclose(scatter_of(predictions), expected)
 
 
+@given(seed=st.integers(0, 1000), members=st.integers(2, 6))
+def test_equal_weights_are_none_and_a_repeated_member_counts_twice(seed: int, members: int) -> None:
+    draw = np.random.default_rng(seed)
+    predictions = draw.normal(20, 1, (members, 5, 4))
+    alike = np.full(members, 1 / members)
+    np.testing.assert_allclose(mean_of(predictions, alike), mean_of(predictions))
+    np.testing.assert_allclose(scatter_of(predictions, alike), scatter_of(predictions))
+    by_row = np.repeat(alike[:, None], 5, axis=1)
+    np.testing.assert_allclose(scatter_of(predictions, by_row), scatter_of(predictions))
+    twice = np.concatenate([predictions, predictions[:1]])
+    double = np.array([2.0, *np.ones(members - 1)]) / (members + 1)
+    np.testing.assert_allclose(mean_of(predictions, double), mean_of(twice))
+
+
+def test_the_weighted_scatter_is_unbiased() -> None:
+    """Members that scatter by 1 about what they should say: so does the weighted estimate."""
+    predictions = np.random.default_rng(3).normal(20, 1, (5, 20_000, 4))
+    scatter = scatter_of(predictions, [0.5, 0.2, 0.1, 0.1, 0.1])
+    assert (scatter**2).mean() == pytest.approx(1, abs=0.02)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two members and an index."""
@@ -145,6 +167,20 @@ def test_a_folder_and_its_index_are_one_ensemble(folder: Path) -> None:
         assert np.isnan(half[2]).all()
 
 
+def test_members_may_count_differently(folder: Path) -> None:
+    frame = pd.DataFrame(np.random.default_rng(7).normal(1, 1, (5, 6)), columns=list(FEATURES))
+    members = np.stack([load_predictor(folder / f"{n}.eqx").predict(frame) for n in range(2)])
+    index = json.loads((folder / "ensemble.json").read_text())
+    (folder / "ensemble.json").write_text(json.dumps({**index, "weights": [0.25, 0.75]}))
+    predictor = load_predictor(folder)
+    expected = np.average(members, axis=0, weights=[0.25, 0.75])
+    np.testing.assert_allclose(predictor.predict(frame), expected)
+    assert isinstance(predictor, EnsemblePredictor)
+    # Of two members: 0.25 x 0.75 of their distance squared, over 1 - 0.25^2 - 0.75^2.
+    variance = 0.1875 / 0.375 * (members[0] - members[1]) ** 2
+    np.testing.assert_allclose(predictor.sigma(frame), np.sqrt(0.1**2 + variance))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -152,6 +188,10 @@ def test_a_folder_and_its_index_are_one_ensemble(folder: Path) -> None:
         ("schema", 2, "schema 2; known: 1"),
         ("members", [], "at least one"),
         ("members", ["../elsewhere.eqx"], "names of files beside it"),
+        ("weights", [0.5], "weights must be 2 positive numbers of sum 1"),
+        ("weights", [0.5, 0.6], "weights must be 2 positive numbers of sum 1"),
+        ("weights", [1.5, -0.5], "weights must be 2 positive numbers of sum 1"),
+        ("weights", ["0.5", 0.5], "weights must be 2 positive numbers of sum 1"),
         ("calibration", {"floor": [0.1] * 4}, "calibration: 'factor'"),
         ("calibration", None, "calibration"),
     ],

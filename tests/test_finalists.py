@@ -23,7 +23,7 @@ from desisky_tune.inference import PREDICTIONS, Predictor, predict_frame
 from desisky_tune.io import load_model, read_header
 from desisky_tune.models.classical import ClassicalModel
 from desisky_tune.search.backend import Assignment
-from desisky_tune.search.classical_voice import share_of
+from desisky_tune.search.classical_voice import LEAST_SHARE, share_of
 from desisky_tune.search.export import export_trial
 from desisky_tune.search.final_fit import FinalFit, fitted_rows, write_final_fit
 from desisky_tune.search.finalists import (
@@ -201,6 +201,7 @@ def test_a_committee_is_measured_by_members_that_did_not_see_a_row(result: Searc
         share = share_of(
             *(OutOfFold(places, places * 0, each[None], truth) for each in (one, two)), nights
         )
+        share = min(share, 1 - LEAST_SHARE)
         residuals.append((1 - share) * networks + share * classical - observed)
     rmse = np.sqrt(np.mean(np.concatenate(residuals) ** 2, axis=0))
     figures = result.evaluation["figures"]["winner"]["validation"]
@@ -273,7 +274,10 @@ def test_the_ensemble_is_the_mean_of_its_checkpoints(
     folder = tmp_path / "ensemble"
     assert main(["export", str(result.run_dir), str(folder), "--ensemble"]) == 0
     index = json.loads((folder / "ensemble.json").read_text())
-    assert len(index["members"]) == 3 * 3 * 2
+    assert len(index["members"]) == 3 * 3 * 2 + 1
+    share = result.evaluation["final_fit"]["committee"]["classical"]
+    np.testing.assert_allclose(index["weights"], [*([(1 - share) / 18] * 18), share])
+    assert read_header(folder / index["members"][-1])["classical"] is not None
     frame = pd.read_parquet(result.run_dir / "features.parquet").set_index("EXPID")
     rows = frame.loc[search_of(result)["split"]["test"]]
     inputs = rows[list(FEATURES)].to_numpy(np.float32)
@@ -281,7 +285,7 @@ def test_the_ensemble_is_the_mean_of_its_checkpoints(
     for name in index["members"]:
         model, _ = load_model("broadband", path=folder / name)
         single.append([np.asarray(model(row), float) for row in inputs])
-    mean = np.mean(single, axis=0)
+    mean = np.average(single, axis=0, weights=index["weights"])
     predicted = predict_frame(folder, rows)
     np.testing.assert_allclose(predicted[list(PREDICTIONS)], mean, atol=2e-5)
     rmse = np.sqrt(np.mean((mean - rows[list(TARGETS)].to_numpy()) ** 2, axis=0))

@@ -3,12 +3,13 @@
 On disk it is a folder of ordinary checkpoints with a small index, `ensemble.json`::
 
     {"kind": "desisky_tune ensemble", "schema": 1,
-     "members": ["00032-fold0-seed0.eqx", ...],
+     "members": ["00032-fold0-seed0.eqx", ...], "weights": [0.1, ...],
      "calibration": {"floor": [..], "factor": [..], "quantile_90": [..],
                      "coverage_90": {"V": .., ...}},
      "meta": {...}}
 
-with `meta` what the header of a checkpoint says of data, split, features and origin.
+with `meta` what the header of a checkpoint says of data, split, features and origin, and
+`weights` how much each member counts in the mean and in the scatter (without: all alike).
 
 The members' standard deviation alone is too small: what no member can know (aerosol,
 airglow) is the same error in all of them. On rows that the members did not see, the
@@ -181,11 +182,36 @@ def coverage_by_fold(
     return {band: float(inside[:, place].mean()) for place, band in enumerate(BANDS)}
 
 
-def scatter_of(predictions: Floats) -> Floats:
-    """Return the standard deviation of members ``(members, n, 4)``; 0 for one member."""
+def mean_of(predictions: Floats, weights: ArrayLike | None = None) -> Floats:
+    """Return the mean of members ``(members, n, 4)``.
+
+    Weights, of sum 1 over the members, have the shape ``(members,)``, or ``(members, n)``; None:
+    all alike.
+    """
+    if weights is None:
+        return np.asarray(predictions.mean(axis=0))
+    return np.asarray((_by_row(weights) * predictions).sum(axis=0))
+
+
+def scatter_of(predictions: Floats, weights: ArrayLike | None = None) -> Floats:
+    """Return the standard deviation of members ``(members, n, 4)``; 0 for one member.
+
+    With weights as in `mean_of`, the unbiased one: the weighted mean of the squared deviations
+    over ``1 - sum(weights ** 2)``. With equal ones that is a division by ``members - 1``.
+    """
     if len(predictions) == 1:
         return np.zeros(predictions.shape[1:])
-    return np.asarray(predictions.std(axis=0, ddof=1))
+    if weights is None:
+        return np.asarray(predictions.std(axis=0, ddof=1))
+    by_row = _by_row(weights)
+    squares = (by_row * (predictions - mean_of(predictions, weights)) ** 2).sum(axis=0)
+    return np.asarray(np.sqrt(squares / (1 - (by_row**2).sum(axis=0))))
+
+
+def _by_row(weights: ArrayLike) -> Floats:
+    """Return weights as they multiply predictions ``(members, n, 4)``."""
+    given = np.asarray(weights, dtype=float)
+    return given.reshape(len(given), -1, 1)
 
 
 @dataclass(frozen=True)
@@ -196,11 +222,14 @@ class EnsemblePredictor(Predictor):
     ----------
     members
         The predictors.
+    weights
+        How much each counts; None: all alike.
     calibration
         Of the spread.
     """
 
     members: tuple[Predictor, ...] = ()
+    weights: tuple[float, ...] | None = None
     calibration: Calibration | None = None
 
     @classmethod
@@ -228,17 +257,18 @@ class EnsemblePredictor(Predictor):
             meta=index["meta"],
             label=str(folder),
             members=members,
+            weights=index["weights"],
             calibration=index["calibration"],
         )
 
     def predict(self, frame: pd.DataFrame) -> np.ndarray:
         """Return the mean of the members, magnitudes (n, 4); NaN where a feature is missing."""
-        return np.asarray(self._predictions(frame).mean(axis=0))
+        return mean_of(self._predictions(frame), self.weights)
 
     def sigma(self, frame: pd.DataFrame) -> np.ndarray:
         """Return the calibrated standard deviation of the prediction (mag), shape (n, 4)."""
         assert self.calibration is not None
-        return self.calibration.sigma(scatter_of(self._predictions(frame)))
+        return self.calibration.sigma(scatter_of(self._predictions(frame), self.weights))
 
     def half_width_90(self, frame: pd.DataFrame) -> np.ndarray:
         """Return half the width of the 90 % interval (mag), shape (n, 4)."""
@@ -276,8 +306,13 @@ def _read_index(path: Path) -> dict[str, Any]:
     if content.get("schema") != SCHEMA:
         raise CheckpointError(f"{path}: schema {content.get('schema')!r}; known: {SCHEMA}")
     names = content.get("members")
-    if not _are_names(names):
+    if names is None or not _are_names(names):
         raise CheckpointError(f"{path}: members must be names of files beside it, at least one")
+    weights = content.get("weights")
+    if weights is not None and not _are_weights(weights, len(names)):
+        raise CheckpointError(
+            f"{path}: weights must be {len(names)} positive numbers of sum 1, one a member"
+        )
     try:
         calibration = Calibration.from_dict(content["calibration"])
     except (KeyError, TypeError, ValueError) as error:
@@ -285,9 +320,20 @@ def _read_index(path: Path) -> dict[str, Any]:
     meta = content.get("meta")
     return {
         "members": names,
+        "weights": None if weights is None else tuple(map(float, weights)),
         "calibration": calibration,
         "meta": meta if isinstance(meta, dict) else {},
     }
+
+
+def _are_weights(weights: Any, members: int) -> bool:
+    """Whether these are weights of so many members."""
+    return (
+        isinstance(weights, list)
+        and len(weights) == members
+        and all(type(each) in (int, float) and 0 < each <= 1 for each in weights)
+        and math.isclose(sum(weights), 1, abs_tol=1e-6)
+    )
 
 
 def _are_names(names: Any) -> bool:

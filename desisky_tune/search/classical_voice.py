@@ -28,8 +28,11 @@ from desisky_tune.inference.predictor import apply_model
 from desisky_tune.models.classical import CLASSICAL_FEATURES, ClassicalModel
 from desisky_tune.search.finalists import OutOfFold
 from desisky_tune.search.folds import finalist_folds, observed
+from desisky_tune.search.trial_files import voice_path
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pandas as pd
 
     from desisky_tune.inference.bootstrap import Floats
@@ -41,7 +44,7 @@ SHAPE = {"width": 64, "depth": 3}
 #: Resamples of the nights: their spread is then known to 2 %.
 DRAWS = 1000
 
-#: A share below this is none.
+#: A share below this is none; and so much is left to the networks.
 LEAST_SHARE = 0.02
 
 #: Made-up conditions, how many of them only measure, and how the network is trained on the rest.
@@ -72,7 +75,7 @@ class Voice:
     Attributes
     ----------
     share
-        Its weight in the mean, above 0 and up to 1.
+        Its weight in the mean, above 0 and below 1.
     by_fold
         Likewise, found without the rows of each fold.
     unseen
@@ -83,12 +86,16 @@ class Voice:
     by_fold: tuple[float, ...]
     unseen: OutOfFold
 
+    def on_folds(self, fold: np.ndarray) -> Floats:
+        """Return the share with which each row is predicted, found without the rows of its fold."""
+        return np.array(self.by_fold)[fold]
+
     def among(self, networks: OutOfFold) -> OutOfFold:
         """Return what networks and voice together make of the rows, none of which they saw.
 
         The share with which a row is predicted was found without the rows of its fold.
         """
-        share = np.array(self.by_fold)[networks.fold][:, np.newaxis]
+        share = self.on_folds(networks.fold)[:, np.newaxis]
         return replace(
             networks,
             predictions=(1 - share) * networks.predictions + share * self.unseen.predictions,
@@ -109,12 +116,12 @@ def hear_classical(run: SearchRun, networks: OutOfFold) -> Voice | None:
         return None
     unseen = classical_out_of_fold(run)
     nights = run.table.frame[NIGHT].to_numpy()[networks.rows]
-    share = share_of(networks, unseen, nights)
-    if share < LEAST_SHARE:
-        return None
     folds = range(int(networks.fold.max()) + 1)
-    by_fold = [share_of(networks, unseen, nights, networks.fold != each) for each in folds]
-    return Voice(share, tuple(by_fold), unseen)
+    among = [None, *(networks.fold != each for each in folds)]
+    share, *by_fold = (
+        min(share_of(networks, unseen, nights, rows), 1 - LEAST_SHARE) for rows in among
+    )
+    return None if share < LEAST_SHARE else Voice(share, tuple(by_fold), unseen)
 
 
 def can_speak(run: SearchRun) -> bool:
@@ -252,6 +259,42 @@ def imitate(
         raise SearchError("a network that should imitate the classical model diverged")
     network = fold(program.last_model(state), scaling)
     return Imitation(network, _distance(network, inputs[:MEASURED], targets[:MEASURED]))
+
+
+def write_voice(run: SearchRun) -> Path:
+    """Write the network that speaks for the classical model, fitted to all rows but the test rows.
+
+    Returns
+    -------
+    Path
+        A checkpoint in the run's folder, on raw features. One that lies there is taken.
+    """
+    from desisky_tune.io import checkpoint_meta, save
+    from desisky_tune.search.final_fit import fitted_rows, fitted_split
+    from desisky_tune.search.origin import checkpoint_header
+    from desisky_tune.training.scaling import Scaling
+
+    path = voice_path(run.folder.trials)
+    run.folder.fetched(path)
+    if path.exists():
+        return path
+    rows, features = fitted_rows(run), run.spec.data.features
+    model = fit_classical(run, rows)
+    made = imitate(model, run.table.frame.iloc[rows], features, run.spec.training.seed)
+    header = checkpoint_header(run)
+    meta = checkpoint_meta(
+        made.network,
+        features=features,
+        scaling=Scaling.fit(*run.table.arrays(rows, features)),
+        **{
+            **header,
+            "classical": model.as_dict(),
+            "imitated_to": made.rmse,
+            "split": fitted_split(run, header["split"]),
+            "seed": run.spec.training.seed,
+        },
+    )
+    return save(path, made.network, meta)
 
 
 def make_conditions(

@@ -25,9 +25,8 @@ from desisky_tune.search.classical_voice import (
     SHAPE,
     Voice,
     can_speak,
-    fit_classical,
     hear_classical,
-    imitate,
+    write_voice,
 )
 from desisky_tune.search.ensemble import best_numbers, mean_out_of_fold
 from desisky_tune.search.final_fit import fitted_rows, fitted_split, mean_fits
@@ -166,10 +165,11 @@ def write_committee(run: SearchRun, final: Final, committee: Committee, path: Pa
         for share, seat, meta in zip(shares, committee.seats, metas, strict=True)
     ]
     if spoken:
-        network, said = _imitation(run, feature_names(metas[0]))
+        network, meta = load_model("broadband", path=write_voice(run))
         models.append(network)
         shares.append(spoken)
-        described.append({"share": spoken, **said})
+        said = {name: meta[name] for name in ("classical", "imitated_to")}
+        described.append({"share": spoken, **said, **SHAPE})
     mean = mean_model(models, shares)
     first = committee.numbers[0]
     record = final.records[first]
@@ -204,14 +204,6 @@ def write_committee(run: SearchRun, final: Final, committee: Committee, path: Pa
 def numbers_of(seats: Sequence[Seat]) -> list[int]:
     """Return the finalists of some seats, the best first."""
     return list(dict.fromkeys(seat.number for seat in seats))
-
-
-def _imitation(run: SearchRun, features: Sequence[str]) -> tuple[Any, dict[str, Any]]:
-    """Return a network that gives what the classical model does, and what a header says of it."""
-    rows = fitted_rows(run)
-    model = fit_classical(run, rows)
-    made = imitate(model, run.table.frame.iloc[rows], features, run.spec.training.seed)
-    return made.network, {"classical": model.as_dict(), "imitated_to": made.rmse, **SHAPE}
 
 
 def _described(final: Final, seat: Seat, meta: Mapping[str, Any]) -> dict[str, Any]:

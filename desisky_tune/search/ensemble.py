@@ -1,10 +1,10 @@
-"""The ensemble of a run: the members of its best finalists, calibrated on their folds."""
+"""The ensemble of a run: its best finalists' members, the formula's voice, the calibration."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,10 @@ from desisky_tune.inference.ensemble import (
     SCHEMA,
     Calibration,
     coverage_by_fold,
+    mean_of,
     scatter_of,
 )
+from desisky_tune.search.classical_voice import Voice, hear_classical, write_voice
 from desisky_tune.search.export import write_in_reference_order
 from desisky_tune.search.final_fit import fitted_split
 from desisky_tune.search.finalists import Final, OutOfFold
@@ -31,6 +33,7 @@ from desisky_tune.search.origin import checkpoint_header
 from desisky_tune.search.trial_files import member_path
 
 if TYPE_CHECKING:
+    from desisky_tune.inference.bootstrap import Floats
     from desisky_tune.search.origin import SearchRun
 
 
@@ -52,17 +55,69 @@ def mean_out_of_fold(final: Final, numbers: Sequence[int]) -> OutOfFold:
     return replace(unseen, predictions=unseen.predictions.mean(axis=0, keepdims=True))
 
 
-def write_ensemble(run: SearchRun, final: Final, count: int, out: Path) -> Path:
+@dataclass(frozen=True)
+class EnsembleFit:
+    """What the members of an ensemble make of rows that they did not see.
+
+    Attributes
+    ----------
+    numbers
+        Its finalists, the best first.
+    voice
+        The classical model's; None where it has none.
+    unseen
+        Predictions ``(members, n, 4)``: of each row by the trainings that did not see it, one
+        for each finalist and seed, and by the classical model.
+    weights
+        How much each counts, ``(members, n)``.
+    """
+
+    numbers: Sequence[int]
+    voice: Voice | None
+    unseen: OutOfFold
+    weights: Floats
+
+    @property
+    def mean(self) -> OutOfFold:
+        """Predictions ``(1, n, 4)`` of the ensemble."""
+        return replace(
+            self.unseen, predictions=mean_of(self.unseen.predictions, self.weights)[None]
+        )
+
+    @property
+    def scatter(self) -> Floats:
+        """Standard deviation of the members (mag), ``(n, 4)``."""
+        return scatter_of(self.unseen.predictions, self.weights)
+
+
+def fit_ensemble(run: SearchRun, final: Final, count: int) -> EnsembleFit:
+    """Return the ensemble of the best `count` finalists, on the rows of the folds."""
+    numbers = best_numbers(final, count)
+    networks = ensemble_out_of_fold(final, numbers)
+    voice = hear_classical(run, mean_out_of_fold(final, numbers))
+    members, rows = networks.predictions.shape[:2]
+    weights = np.full((members, rows), 1 / members)
+    if voice is None:
+        return EnsembleFit(numbers, None, networks, weights)
+    share = voice.on_folds(networks.fold)
+    together = np.concatenate([networks.predictions, voice.unseen.predictions])
+    return EnsembleFit(
+        numbers,
+        voice,
+        replace(networks, predictions=together),
+        np.concatenate([(1 - share) * weights, share[np.newaxis]]),
+    )
+
+
+def write_ensemble(run: SearchRun, fit: EnsembleFit, out: Path) -> Path:
     """Write an ensemble's folder: checkpoints as they lie in the run, and the index.
 
     Parameters
     ----------
     run
         The run.
-    final
-        Its finalists.
-    count
-        How many of the best of them are taken, with all their members.
+    fit
+        All members of its finalists are taken.
     out
         The folder; it appears when it is whole.
 
@@ -71,31 +126,37 @@ def write_ensemble(run: SearchRun, final: Final, count: int, out: Path) -> Path:
     StorageError
         When it cannot be written.
     """
-    numbers = best_numbers(final, count)
-    unseen = ensemble_out_of_fold(final, numbers)
-    residual = unseen.predictions.mean(axis=0) - unseen.observed
-    scatter = scatter_of(unseen.predictions)
-    nights = run.table.frame[NIGHT].to_numpy()[unseen.rows]
+    mean, scatter = fit.mean, fit.scatter
+    residual = mean.predictions[0] - mean.observed
+    nights = run.table.frame[NIGHT].to_numpy()[mean.rows]
     calibration = Calibration.fit(residual, scatter, nights)
     header = checkpoint_header(run)
+    share = 0.0 if fit.voice is None else fit.voice.share
+    members = finalist_members(run.spec)
+    sources = [
+        member_path(run.folder.trials, number, member)
+        for number in fit.numbers
+        for member in members
+    ]
+    weights = [(1 - share) / len(sources)] * len(sources)
+    if share:
+        sources.append(write_voice(run))
+        weights.append(share)
     with atomic_folder(out) as folder:
-        names = []
-        for number in numbers:
-            for member in finalist_members(run.spec):
-                source = member_path(run.folder.trials, number, member)
-                write_in_reference_order(source, folder / source.name, search={})
-                names.append(source.name)
-        features = list(Predictor.load(folder / names[0]).features)
+        for source in sources:
+            write_in_reference_order(source, folder / source.name, search={})
+        features = list(Predictor.load(folder / sources[0].name).features)
         write_json(
             folder / INDEX,
             {
                 "kind": KIND,
                 "schema": SCHEMA,
-                "members": names,
+                "members": [source.name for source in sources],
+                "weights": weights,
                 "calibration": {
                     **calibration.as_dict(),
-                    "coverage_90": coverage_by_fold(residual, scatter, unseen.fold, nights),
-                    "rows": len(unseen.rows),
+                    "coverage_90": coverage_by_fold(residual, scatter, mean.fold, nights),
+                    "rows": len(mean.rows),
                     "nights": len(np.unique(nights)),
                 },
                 "meta": {
@@ -103,7 +164,7 @@ def write_ensemble(run: SearchRun, final: Final, count: int, out: Path) -> Path:
                     **_pretrained_note(run),
                     "features": features,
                     "split": fitted_split(run, header["split"]),
-                    "search": {**header["search"], "finalists": numbers},
+                    "search": {**header["search"], "finalists": list(fit.numbers)},
                 },
             },
         )

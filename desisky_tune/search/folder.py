@@ -33,7 +33,7 @@ from desisky_tune.data.remote import is_url
 from desisky_tune.errors import RunError
 from desisky_tune.files import append_line, atomic_open
 from desisky_tune.search.storage import RunMirror, split_run_url
-from desisky_tune.search.trial_files import committee_path
+from desisky_tune.search.trial_files import committee_path, voice_path
 
 if TYPE_CHECKING:
     from desisky_tune.search.records import TrialRecord
@@ -219,7 +219,7 @@ class RunFolder:
             return
         made = [self.ledger, self.evaluation, self.search_json, *self.path.glob("*.parquet")]
         made += [self.finalists, *self.path.glob("best/*"), *self.path.glob("ensemble/*")]
-        made += [committee_path(self.trials)]
+        made += [committee_path(self.trials), voice_path(self.trials)]
         self.kept(*(path for path in made if path.is_file()))
         self.mirror.forget_states(record.number for record in records)
 

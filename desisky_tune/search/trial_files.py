@@ -119,6 +119,11 @@ def committee_path(folder: Path) -> Path:
     return folder / "committee.eqx"
 
 
+def voice_path(folder: Path) -> Path:
+    """Where the network lies that speaks for the classical model."""
+    return folder / "classical.eqx"
+
+
 def sweep(folder: Path, records: Collection[TrialRecord]) -> None:
     """Remove the states of finished trials: their weights have been kept, or are of no use."""
     # By the states that lie there, which are few; the records may be thousands.

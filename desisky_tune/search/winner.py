@@ -52,12 +52,7 @@ from desisky_tune.search.accuracy import (
 )
 from desisky_tune.search.baselines import Predict, fit_baselines
 from desisky_tune.search.committee import Committee, form_committee, write_committee
-from desisky_tune.search.ensemble import (
-    best_numbers,
-    describe_ensemble,
-    mean_out_of_fold,
-    write_ensemble,
-)
+from desisky_tune.search.ensemble import describe_ensemble, fit_ensemble, write_ensemble
 from desisky_tune.search.export import export_trial, export_weights
 from desisky_tune.search.final_fit import (
     fit_of,
@@ -262,9 +257,10 @@ def _write_ensemble(run: SearchRun, final: Final) -> OutOfFold | None:
     count = run.spec.evaluation.ensemble if run.spec.evaluation.finalists else 0
     if not count:
         return None
+    fit = fit_ensemble(run, final, count)
     if not run.folder.ensemble.exists():
-        write_ensemble(run, final, count, run.folder.ensemble)
-    return mean_out_of_fold(final, best_numbers(final, count))
+        write_ensemble(run, fit, run.folder.ensemble)
+    return fit.mean
 
 
 def _ensemble_figures(run: SearchRun, ensemble: OutOfFold | None) -> dict[str, Any]:
