@@ -12,7 +12,7 @@ from desisky_tune.data.columns import BANDS
 
 #: What the truth is asked about, in the order of the table.
 LABELS: Mapping[str, str] = {
-    "ensemble": "ensemble of the best finalists' members",
+    "ensemble": "ensemble of the best finalists' members, with the classical model's voice",
     "committee": "committee with the classical model's voice; what is exported",
     "networks": "committee without it: one training a fold, of the best finalists in turn",
     "winner": "finalists' winner, fitted to all rows with 5 seeds",

@@ -45,7 +45,7 @@ LABELS: Mapping[str, str] = {
     "networks": "committee without it: one training a fold, of the best finalists in turn",
     "winner_mean": "finalists' winner, fitted to all rows with 5 seeds",
     "winner": "finalists' winner, fitted to all rows once",
-    "ensemble": "ensemble of the best finalists' members",
+    "ensemble": "ensemble of the best finalists' members, with the classical model's voice",
     "single": "best single validation score",
     "transfer": "transfer: pretrained on the classical model, fine-tuned",
     "default": "documented default, scaled, fitted to all rows once",

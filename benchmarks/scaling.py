@@ -28,6 +28,7 @@ import pstats
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -267,10 +268,16 @@ def sleeping(seconds: float, epochs: int) -> Any:
 
     class Sleeping(Engine):
         def __init__(
-            self, name: str, device: Device, slots: int, run: str, dispatcher: str | None
+            self,
+            name: str,
+            device: Device,
+            slots: int,
+            run: str,
+            dispatcher: str | None,
+            environment: Mapping[str, str] | None = None,
         ) -> None:
             backend = SleepingBackend(seconds, epochs)
-            super().__init__(name, device, slots, run, dispatcher, backend)
+            super().__init__(name, device, slots, run, dispatcher, environment, backend)
 
     return Sleeping
 

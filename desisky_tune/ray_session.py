@@ -86,30 +86,47 @@ def ray_session(
     common: dict[str, Any] = {
         "logging_level": "ERROR",
         "log_to_driver": False,
-        "runtime_env": {"env_vars": dict(WORKER_ENVIRONMENT)},
         "configure_logging": True,
     }
     try:
         if address is None:
-            ray.init(
-                # Not without an address: Ray would follow RAY_ADDRESS, or join a Ray that it
-                # finds on this machine.
-                address="local",
-                num_cpus=num_cpus,
-                num_gpus=num_gpus,
-                include_dashboard=dashboard,
-                dashboard_host="127.0.0.1",
-                object_store_memory=object_store_bytes,
-                **common,
-            )
+            # Inherited by what Ray starts here. As a runtime environment of the job it would be
+            # another one than that of the processes that Ray holds ready, and none would do.
+            with _environment(WORKER_ENVIRONMENT):
+                ray.init(
+                    # Not without an address: Ray would follow RAY_ADDRESS, or join a Ray that it
+                    # finds on this machine.
+                    address="local",
+                    num_cpus=num_cpus,
+                    num_gpus=num_gpus,
+                    include_dashboard=dashboard,
+                    dashboard_host="127.0.0.1",
+                    object_store_memory=object_store_bytes,
+                    **common,
+                )
         else:
-            ray.init(address=address, **common)
+            ray.init(address=address, runtime_env={"env_vars": dict(WORKER_ENVIRONMENT)}, **common)
     except ConnectionError as error:
         raise InputError(f"no Ray cluster answers at {address!r}: {error}") from error
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables for the time of a block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _refuse_silence(address: str) -> None:

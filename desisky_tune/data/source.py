@@ -38,8 +38,9 @@ if TYPE_CHECKING:
 
 #: Rows of a read task at most: 32 MB of the VAC's spectra.
 ROWS_PER_TASK = 1024
-#: Read tasks at least (where there are rows for them), so that all workers have some.
-_LEAST_TASKS = 8
+#: Read tasks at least, so that all workers have some; where that leaves each so many rows, for a
+#: worker that starts costs more than they do.
+_LEAST_TASKS, _LEAST_ROWS = 8, 128
 #: Rows of METADATA looked at in one go by the driver.
 _ROWS_PER_SCAN = 1 << 16
 
@@ -189,7 +190,8 @@ def spectra_dataset(
                 if len(piece)
             ]
 
-    tasks = min(max(-(-len(rows) // ROWS_PER_TASK), _LEAST_TASKS), len(rows))
+    some = min(_LEAST_TASKS, -(-len(rows) // _LEAST_ROWS))
+    tasks = max(-(-len(rows) // ROWS_PER_TASK), some)
     return ray.data.read_datasource(SpectraDatasource(), override_num_blocks=tasks)
 
 

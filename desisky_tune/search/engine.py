@@ -189,6 +189,8 @@ class Engine:
     dispatcher
         Its name among Ray's actors. Told that this process has started, and asked for what
         is trained on which rows; None with a `backend`.
+    environment
+        Set in this process, where JAX is not imported yet.
     backend
         In place of the device's own, for tests.
     """
@@ -200,8 +202,10 @@ class Engine:
         slots: int,
         run: str,
         dispatcher: str | None,
+        environment: Mapping[str, str] | None = None,
         backend: Backend | None = None,
     ) -> None:
+        os.environ.update(environment or {})
         if dispatcher is not None:
             import ray
 

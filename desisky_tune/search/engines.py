@@ -269,9 +269,12 @@ class RunningEngines:
                 max_restarts=MAX_RESTARTS,
                 max_task_retries=0,
                 scheduling_strategy=where,
-                runtime_env={"env_vars": engine_environment(plan.device)},
             )
-            self._engines.append(actor.remote(plan.name, plan.device, plan.slots, work.run, name))
+            environment = engine_environment(plan.device)
+            # Not as Ray's runtime environment: no process that Ray holds ready would do then.
+            self._engines.append(
+                actor.remote(plan.name, plan.device, plan.slots, work.run, name, environment)
+            )
         known = [(engine, plan.room) for engine, plan in zip(self._engines, plans, strict=True)]
         self.dispatcher.add.remote(known)
 
