@@ -26,8 +26,9 @@ from desisky_tune.errors import SearchError
 from desisky_tune.inference.bootstrap import night_weights
 from desisky_tune.inference.predictor import apply_model
 from desisky_tune.models.classical import CLASSICAL_FEATURES, ClassicalModel
-from desisky_tune.search.finalists import OutOfFold
-from desisky_tune.search.folds import finalist_folds, observed
+from desisky_tune.search.baselines import Predict
+from desisky_tune.search.finalists import OutOfFold, predict_out_of_fold
+from desisky_tune.search.folds import observed
 from desisky_tune.search.trial_files import voice_path
 
 if TYPE_CHECKING:
@@ -132,22 +133,19 @@ def can_speak(run: SearchRun) -> bool:
 
 def fit_classical(run: SearchRun, rows: np.ndarray) -> ClassicalModel:
     """Fit the classical model, by the run's features alone, to rows of it."""
-    return ClassicalModel.fit(_conditions_of(run, rows), observed(run, rows))
+    conditions = run.table.frame.iloc[rows][list(run.spec.data.features)]
+    return ClassicalModel.fit(conditions, observed(run, rows))
 
 
 def classical_out_of_fold(run: SearchRun) -> OutOfFold:
     """Predict the training and validation rows, each by a fit to the other folds."""
-    folds = finalist_folds(run)
-    rows = np.sort(np.concatenate([validation for _, validation in folds]))
-    targets = observed(run, rows)
-    fold = np.empty(len(rows), dtype=np.int64)
-    predictions = np.empty((1, *targets.shape))
-    for number, (train, validation) in enumerate(folds):
-        places = np.searchsorted(rows, validation)
-        fold[places] = number
-        model = fit_classical(run, train)
-        predictions[0, places] = model.predict(_conditions_of(run, validation))
-    return OutOfFold(rows, fold, predictions, targets)
+    features = list(run.spec.data.features)
+
+    def fit(rows: np.ndarray) -> dict[str, Predict]:
+        model = fit_classical(run, rows)
+        return {"classical": lambda frame: model.predict(frame[features])}
+
+    return predict_out_of_fold(run, fit)["classical"]
 
 
 def share_of(
@@ -190,7 +188,7 @@ def share_of(
     best = int(np.argmin(objective))
     weights = night_weights(np.arange(len(by_night)), DRAWS)
     resampled = objectives(np.tensordot(weights, by_night, axes=1))
-    error = np.std(resampled - resampled[:, [best]], axis=0)
+    error = np.std(resampled - resampled[:, [best]], axis=0, ddof=1)
     tied = np.flatnonzero(objective - objective[best] <= error)
     return float(shares[tied[np.argmin(np.abs(tied - len(shares) // 2))], 0])
 
@@ -324,7 +322,3 @@ def make_conditions(
 def _distance(network: Any, inputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     rmse = np.sqrt(np.mean((apply_model(network, inputs) - targets) ** 2, axis=0))
     return dict(zip(BANDS, map(float, rmse), strict=True))
-
-
-def _conditions_of(run: SearchRun, rows: np.ndarray) -> pd.DataFrame:
-    return run.table.frame.iloc[rows][list(run.spec.data.features)]

@@ -8,15 +8,16 @@ training and validation rows, with several seeds, and compared over all their ni
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from desisky_tune.data.columns import BANDS, EXPOSURE_ID, NIGHT
 from desisky_tune.errors import SearchError
-from desisky_tune.search.baselines import fit_baselines
+from desisky_tune.search.baselines import Predict, fit_baselines
 from desisky_tune.search.folds import (
     finalist_folds,
     finalist_members,
@@ -171,6 +172,21 @@ def out_of_fold(run: SearchRun, number: int) -> OutOfFold:
 
 def baselines_out_of_fold(run: SearchRun) -> dict[str, OutOfFold]:
     """Predict the same rows by the baselines, each fitted to the other folds."""
+    return predict_out_of_fold(run, partial(fit_baselines, run))
+
+
+def predict_out_of_fold(
+    run: SearchRun, fit: Callable[[np.ndarray], Mapping[str, Predict]]
+) -> dict[str, OutOfFold]:
+    """Predict the training and validation rows by models fitted to the other folds.
+
+    Parameters
+    ----------
+    run
+        The run.
+    fit
+        Fits models to rows of it, given by their positions; returns their predictions by name.
+    """
     folds = finalist_folds(run)
     rows = np.sort(np.concatenate([validation for _, validation in folds]))
     targets = observed(run, rows)
@@ -179,7 +195,7 @@ def baselines_out_of_fold(run: SearchRun) -> dict[str, OutOfFold]:
     for number, (train, validation) in enumerate(folds):
         places = np.searchsorted(rows, validation)
         fold[places] = number
-        for name, predict in fit_baselines(run, train).items():
+        for name, predict in fit(train).items():
             table = predictions.setdefault(name, np.empty((1, *targets.shape)))
             table[0, places] = predict(run.table.frame.iloc[validation])
     return {name: OutOfFold(rows, fold, each, targets) for name, each in predictions.items()}
