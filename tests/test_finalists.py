@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,7 @@ from desisky_tune.search.origin import SearchRun, write_run
 from desisky_tune.search.records import Ledger, TrialRecord, finish
 from desisky_tune.search.run import SearchResult, resume_search, run_search
 from desisky_tune.search.space import default_configuration, load_spec
+from desisky_tune.visualization.intervals import trial_intervals
 
 OVERRIDES = (
     "search.trials=4",
@@ -254,9 +256,21 @@ def test_the_run_reads_back_with_its_winner(result: SearchResult) -> None:
     board = finalists_board(result.run_dir)
     assert board is not None
     assert list(board["rank"]) == [1, 2, 3]
+    # A trial has seen the other rows of the folds: its interval is of those that chose it.
+    for record in run.records:
+        if record.state == "COMPLETE":
+            low, high = trial_intervals(run, [record])[record.number]["mean"]
+            assert low < float(record.objective or 0) < high
     page = run.report().read_text()
+    ranked = page.split('<table id="finalists">')[1].split("</table>")[0]
+    rows = [re.findall(r"<td>([^<]*)</td>", row) for row in ranked.split("<tr")[2:]]
+    assert [float(row[2]) for row in rows] == [round(each, 4) for each in board["objective"]]
+    assert [int(row[0]) for row in rows] == [1, 2, 3]
     numbers = ", ".join(str(each["number"]) for each in result.evaluation["finalists"])
     assert f"the mean of 3 trainings on folds, of the finalists {numbers} in turn" in page
+    # What the page calls its figures is where they come from.
+    assert "RMSE on the folds" in page
+    assert '<td class="text">validation</td>' not in page.split('id="comparison"')[1]
 
 
 def test_boards_of_the_command(result: SearchResult, capsys: pytest.CaptureFixture[str]) -> None:

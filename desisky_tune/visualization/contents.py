@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from desisky_tune.data.columns import EXPOSURE_ID, NIGHT
+from desisky_tune.data.columns import BANDS, EXPOSURE_ID, NIGHT
 from desisky_tune.search.hyperparameters import in_full
-from desisky_tune.search.leaderboard import leaderboard
+from desisky_tune.search.leaderboard import finalist_rows, finalists_board, leaderboard
 from desisky_tune.search.space import resolved_dict, rungs
 from desisky_tune.training.metrics import band_metrics
 from desisky_tune.visualization.search import HYPERPARAMETERS
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 #: Rows of the table of all trials; the command `leaderboard --all` lists any number.
 MOST_ROWS = 300
+#: Units of the finalists' board, by heading; the others have none.
+FINALIST_UNITS = {
+    **dict.fromkeys(("RMSE", "± nights", "to best", "±", *BANDS, "delta", "± seeds"), "mag"),
+    **{"width": "units", "depth": "layers", "batch": "rows", "best": "epoch"},
+}
 #: Eclipsed exposures that are listed one by one.
 MOST_ECLIPSED = 20
 
@@ -34,6 +39,18 @@ def board(run: LoadedRun) -> list[dict[str, Any]]:
         {str(key): None if value != value or value is None else value for key, value in row.items()}
         for row in table.where(table.notna(), None).to_dict("records")
     ]
+
+
+def finalists(run: LoadedRun, v_derived: bool) -> dict[str, Any] | None:
+    """Return headings and rows of the finalists' board, the winner first; None without one."""
+    ranked = finalists_board(run.path)
+    if ranked is None:
+        return None
+    headings, rows = finalist_rows(ranked)
+    units = [FINALIST_UNITS.get(name) for name in headings]
+    if v_derived:
+        headings[headings.index("V")] = "V (derived)"
+    return {"headings": list(zip(headings, units, strict=True)), "rows": rows}
 
 
 def facts(run: LoadedRun) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from desisky_tune.data.columns import BANDS, NIGHT
+from desisky_tune.data.columns import BANDS, NIGHT, TARGETS
 from desisky_tune.errors import CheckpointError, MissingFileError
 from desisky_tune.inference import Predictor
 from desisky_tune.inference.bootstrap import DRAWS, interval, night_weights, resampled_rmse
@@ -20,9 +20,10 @@ from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.local import checkpoint_path
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from desisky_tune.search.loaded import LoadedRun
     from desisky_tune.search.records import TrialRecord
-    from desisky_tune.visualization.winner import Predictions
 
 __all__ = ["DRAWS", "Intervals", "model_intervals", "rmse_intervals", "trial_intervals"]
 
@@ -67,22 +68,25 @@ def model_intervals(run: LoadedRun) -> Intervals:
     }
 
 
-def trial_intervals(
-    run: LoadedRun, data: Predictions, records: Sequence[TrialRecord]
-) -> dict[int, Ends]:
-    """Return the intervals of trials, by number; of those whose weights are there."""
-    folder, nights = RunFolder(run.path), data.frame[NIGHT].to_numpy()
+def trial_intervals(run: LoadedRun, records: Sequence[TrialRecord]) -> dict[int, Ends]:
+    """Return the intervals of trials on the validation rows, by number.
+
+    Of those whose weights are there. The rows are those of the split, also where the finalists
+    were measured on folds: the trials have seen the others.
+    """
+    folder, frame = RunFolder(run.path), run.rows("validation")
+    observed, nights = frame[list(TARGETS)].to_numpy(dtype=float), frame[NIGHT].to_numpy()
     found = {}
     for record in records:
-        predicted = _predict(checkpoint_path(folder.trials, record.number), data)
+        predicted = _predict(checkpoint_path(folder.trials, record.number), frame)
         if predicted is not None:
-            found[record.number] = rmse_intervals(predicted, data.observed, nights)
+            found[record.number] = rmse_intervals(predicted, observed, nights)
     return found
 
 
-def _predict(checkpoint: Path, data: Predictions) -> np.ndarray | None:
-    """Predict the validation rows; None where the weights are missing or damaged."""
+def _predict(checkpoint: Path, frame: pd.DataFrame) -> np.ndarray | None:
+    """Predict exposures; None where the weights are missing or damaged."""
     try:
-        return Predictor.load(checkpoint).predict(data.frame)
+        return Predictor.load(checkpoint).predict(frame)
     except (MissingFileError, CheckpointError):
         return None

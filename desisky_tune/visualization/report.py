@@ -97,7 +97,8 @@ def write_report(run: LoadedRun, out: str | Path | None = None) -> Path:
         "space": contents.space(run),
         "board": contents.board(run),
         "board_limit": BEST_ROWS,
-        "trial_intervals": of_nights.trial_intervals(run, data, _best(run.records)[:BEST_ROWS]),
+        "finalists": contents.finalists(run, data.v_derived),
+        "trial_intervals": of_nights.trial_intervals(run, _best(run.records)[:BEST_ROWS]),
         "intervals": intervals,
         "draws": of_nights.DRAWS,
         "most_rows": contents.MOST_ROWS,
@@ -156,6 +157,12 @@ def _require_winner(run: LoadedRun) -> None:
             f"{run.path}: the search has no winner yet; "
             f"finish it with 'desisky-tune resume {run.path}'"
         )
+
+
+def _chosen_on(run: LoadedRun) -> str:
+    """How the rows are called that the winner was chosen on."""
+    by_folds = (run.evaluation or {}).get("validated_on") == "folds"
+    return "folds of the training and validation rows" if by_folds else "validation rows"
 
 
 def _predictions(run: LoadedRun) -> tuple[Predictions, moon.MoonMap, moon.MoonMap]:
@@ -232,7 +239,7 @@ def _figures(
 
     yield (
         "comparison", "comparison",
-        "RMSE by band: validation rows (full, with 95 % intervals) and test rows (hollow).",
+        f"RMSE by band: {_chosen_on(run)} (full, with 95 % intervals) and test rows (hollow).",
         lambda: of_winner.plot_comparison(_measured(run), data.v_derived, intervals),
     )  # fmt: skip
     yield (
