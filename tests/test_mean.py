@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from desisky_tune.inference.predictor import apply_model
 from desisky_tune.models.broadband import make_broadbandMLP
 from desisky_tune.models.mean import mean_model
 
@@ -29,8 +30,8 @@ def test_it_gives_the_mean_of_its_members(shapes: list[tuple[int, int]], seed: i
     members = [network(*shape, seed + number) for number, shape in enumerate(shapes)]
     inputs = np.random.default_rng(seed).normal(size=(7, 6)).astype(np.float32)
     merged = mean_model(members)
-    expected = np.mean([np.asarray(jax.vmap(member)(inputs)) for member in members], axis=0)
-    np.testing.assert_allclose(jax.vmap(merged)(inputs), expected, rtol=1e-5, atol=1e-5)
+    expected = np.mean([apply_model(member, inputs) for member in members], axis=0)
+    np.testing.assert_allclose(apply_model(merged, inputs), expected, rtol=1e-5, atol=1e-5)
     assert merged.width_size == sum(width for width, _ in shapes)
     assert merged.depth == max(depth for _, depth in shapes)
 
@@ -41,10 +42,10 @@ def test_members_may_count_differently(shares: list[float], seed: int) -> None:
     weights = (np.array(shares) + 1e-3) / (np.array(shares) + 1e-3).sum()
     members = [network(3 + at, 1 + at % 2, seed + at) for at in range(len(shares))]
     inputs = np.random.default_rng(seed).normal(size=(7, 6)).astype(np.float32)
-    each = [np.asarray(jax.vmap(member)(inputs)) for member in members]
+    each = [apply_model(member, inputs) for member in members]
     merged = mean_model(members, list(weights))
     expected = np.average(each, axis=0, weights=weights)
-    np.testing.assert_allclose(jax.vmap(merged)(inputs), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(apply_model(merged, inputs), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("weights", [[1.0], [0.5, 0.6], [0.5, 0.25, 0.25]])

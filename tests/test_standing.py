@@ -16,7 +16,7 @@ from desisky_tune.search.standing import objective_of, rank
 
 def test_nights_are_drawn_whole() -> None:
     nights = np.array([5, 5, 7, 7, 7, 9])
-    weights = night_weights(nights, draws=50)
+    weights = night_weights(nights, draws=50).by_row
     for night in np.unique(nights):
         assert (np.ptp(weights[:, nights == night], axis=1) == 0).all()
     of_each = np.stack([weights[:, np.argmax(nights == night)] for night in np.unique(nights)])
@@ -36,6 +36,17 @@ def test_the_error_of_a_mean_square_is_the_textbook_one() -> None:
     resampled = resampled_rmse(squared, night_weights(nights, draws=20_000))[:, 0] ** 2
     assert resampled.mean() == pytest.approx(by_night.mean(), rel=3e-3)
     assert resampled.std() == pytest.approx(by_night.std() / np.sqrt(40), rel=0.03)
+
+
+@given(rows=st.integers(1, 30), nights=st.integers(1, 9), seed=st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_sums_by_night_are_weighted_rows(rows: int, nights: int, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    night, squared = draw.integers(0, nights, rows), draw.gamma(2.0, 0.1, (2, rows, 4))
+    weights = night_weights(night, draws=30)
+    by_row = weights.by_row[:, None, :, None]
+    expected = np.sqrt((by_row * squared).sum(axis=2) / by_row.sum(axis=2))
+    np.testing.assert_allclose(resampled_rmse(squared, weights), expected, rtol=1e-12)
 
 
 def test_the_interval_is_scipys_where_every_night_is_one_row() -> None:

@@ -8,6 +8,8 @@ their Application, section 3.8), the same ones for every model: differences are 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeAlias
 
 import numpy as np
@@ -21,8 +23,29 @@ Floats: TypeAlias = NDArray[np.float64]
 DRAWS = 4000
 
 
-def night_weights(nights: ArrayLike, draws: int = DRAWS, seed: int = 0) -> Floats:
-    """Draw nights with replacement.
+@dataclass(frozen=True)
+class NightWeights:
+    """Resamples of nights: no more numbers than nights, however many rows they have.
+
+    Attributes
+    ----------
+    drawn
+        How often each night is in each resample, shape ``(draws, nights)``.
+    night
+        Which of them each row is of, shape ``(n,)``.
+    """
+
+    drawn: Floats
+    night: NDArray[np.int64]
+
+    @property
+    def by_row(self) -> Floats:
+        """How often each row is in each resample, shape ``(draws, n)``: of one night alike."""
+        return np.asarray(self.drawn[:, self.night])
+
+
+def night_weights(nights: ArrayLike, draws: int = DRAWS, seed: int = 0) -> NightWeights:
+    """Draw nights with replacement, as many as there are.
 
     Parameters
     ----------
@@ -33,12 +56,6 @@ def night_weights(nights: ArrayLike, draws: int = DRAWS, seed: int = 0) -> Float
     seed
         Of the draw.
 
-    Returns
-    -------
-    ndarray
-        Shape ``(draws, n)``: how often each row is in each resample. Rows of one night
-        have one weight.
-
     Raises
     ------
     InputError
@@ -47,13 +64,19 @@ def night_weights(nights: ArrayLike, draws: int = DRAWS, seed: int = 0) -> Float
     _, codes = np.unique(np.asarray(nights), return_inverse=True)
     if not len(codes):
         raise InputError("no row to draw nights from")
-    count = int(codes.max()) + 1
-    draw = np.random.default_rng(seed)
-    drawn = draw.multinomial(count, np.full(count, 1 / count), size=draws)
-    return drawn[:, codes].astype(float)
+    return NightWeights(_drawn(int(codes.max()) + 1, draws, seed), codes)
 
 
-def resampled_rmse(squared: ArrayLike, weights: Floats) -> Floats:
+@lru_cache(maxsize=4)
+def _drawn(nights: int, draws: int, seed: int) -> Floats:
+    """Return how often each night is drawn; the same array for all who ask alike."""
+    drawn = np.random.default_rng(seed).multinomial(nights, np.full(nights, 1 / nights), draws)
+    weights = drawn.astype(float)
+    weights.flags.writeable = False
+    return weights
+
+
+def resampled_rmse(squared: ArrayLike, weights: NightWeights) -> Floats:
     """Return the RMSE of each resample.
 
     Parameters
@@ -61,17 +84,19 @@ def resampled_rmse(squared: ArrayLike, weights: Floats) -> Floats:
     squared
         Squared residuals (mag^2), shape ``(..., n, bands)``.
     weights
-        From `night_weights`, shape ``(draws, n)``.
+        Of the same rows.
 
     Returns
     -------
     ndarray
         Shape ``(draws, ..., bands)``, mag.
     """
-    errors = np.asarray(squared, dtype=float)
-    totals = np.tensordot(weights, errors, axes=(1, errors.ndim - 2))
-    counts = weights.sum(axis=1).reshape((-1, *(1,) * (errors.ndim - 1)))
-    return np.sqrt(totals / counts)
+    errors = np.moveaxis(np.asarray(squared, dtype=float), -2, 0)
+    by_night = np.zeros((weights.drawn.shape[1], *errors.shape[1:]))
+    np.add.at(by_night, weights.night, errors)
+    totals = np.tensordot(weights.drawn, by_night, axes=1)
+    counts = weights.drawn @ np.bincount(weights.night)
+    return np.sqrt(totals / counts.reshape((-1, *(1,) * (totals.ndim - 1))))
 
 
 def interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:

@@ -186,8 +186,8 @@ def share_of(
 
     objective = objectives(by_night.sum(axis=0))
     best = int(np.argmin(objective))
-    weights = night_weights(np.arange(len(by_night)), DRAWS)
-    resampled = objectives(np.tensordot(weights, by_night, axes=1))
+    drawn = night_weights(np.arange(len(by_night)), DRAWS).drawn
+    resampled = objectives(np.tensordot(drawn, by_night, axes=1))
     error = np.std(resampled - resampled[:, [best]], axis=0, ddof=1)
     tied = np.flatnonzero(objective - objective[best] <= error)
     return float(shares[tied[np.argmin(np.abs(tied - len(shares) // 2))], 0])

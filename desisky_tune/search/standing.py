@@ -81,7 +81,9 @@ def rank(
     list of Standing
         None without a finalist.
     """
-    weights = night_weights(nights, draws, seed) if squared else np.empty((0, 0))
+    if not squared:
+        return []
+    weights = night_weights(nights, draws, seed)
     objectives = {number: objective_of(errors) for number, errors in squared.items()}
     resampled: dict[int, Floats] = {
         number: resampled_rmse(errors, weights).mean(axis=(1, 2))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from typing import Any
 
 import pytest
 from searches import RANDOM, spec_of
 from virtual_clock import in_process
 
-from desisky_tune.search.records import TrialRecord
+from desisky_tune.search.records import Ledger, TrialRecord
 
 
 @pytest.fixture
@@ -31,6 +33,17 @@ def address(ray_instance: Any) -> str:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[TrialRecord]:
-    """The trials of `RANDOM`, trained one after another in this process."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    return in_process(spec_of(RANDOM), folder)
+    """The trials of `RANDOM`, trained one after another by the first process that needs them."""
+    # The folder that all processes of this test session have in common.
+    shared = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        shared = shared.parent
+    with open(shared / "undisturbed.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        kept = Ledger(shared / "undisturbed.jsonl")
+        if not kept.records():
+            folder = shared / "undisturbed"
+            folder.mkdir()
+            for record in in_process(spec_of(RANDOM), folder):
+                kept.append(record)
+        return sorted(kept.records(), key=lambda record: record.number)
