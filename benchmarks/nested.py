@@ -362,10 +362,20 @@ def report(lines: list[dict[str, Any]], settings: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
             head,
+            shares_line(lines),
             rmse_table(squared, weights),
             difference_table(squared, weights),
             optimism_table(lines, whole, squared, weights),
         ]
+    )
+
+
+def shares_line(lines: list[dict[str, Any]]) -> str:
+    """Say what weight the classical model had in the committees."""
+    shares = [line["chosen"]["shares"]["committee"] for line in lines]
+    return (
+        f"The classical model's share in the committee: a half in {shares.count(0.5)} of "
+        f"{len(shares)} outer folds, {min(shares):.2f} to {max(shares):.2f} in all."
     )
 
 

@@ -92,7 +92,7 @@ def ray_session(
         if address is None:
             # Inherited by what Ray starts here. As a runtime environment of the job it would be
             # another one than that of the processes that Ray holds ready, and none would do.
-            with _environment(WORKER_ENVIRONMENT):
+            with environment(WORKER_ENVIRONMENT):
                 ray.init(
                     # Not without an address: Ray would follow RAY_ADDRESS, or join a Ray that it
                     # finds on this machine.
@@ -115,8 +115,8 @@ def ray_session(
 
 
 @contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set variables for the time of a block."""
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for the time of a block."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

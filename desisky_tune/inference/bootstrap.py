@@ -43,6 +43,12 @@ class NightWeights:
         """How often each row is in each resample, shape ``(draws, n)``: of one night alike."""
         return np.asarray(self.drawn[:, self.night])
 
+    def sums(self, values: Floats) -> Floats:
+        """Return the sum over each night of values ``(n, ...)``, shape ``(nights, ...)``."""
+        by_night = np.zeros((self.drawn.shape[1], *values.shape[1:]))
+        np.add.at(by_night, self.night, values)
+        return by_night
+
 
 def night_weights(nights: ArrayLike, draws: int = DRAWS, seed: int = 0) -> NightWeights:
     """Draw nights with replacement, as many as there are.
@@ -92,9 +98,7 @@ def resampled_rmse(squared: ArrayLike, weights: NightWeights) -> Floats:
         Shape ``(draws, ..., bands)``, mag.
     """
     errors = np.moveaxis(np.asarray(squared, dtype=float), -2, 0)
-    by_night = np.zeros((weights.drawn.shape[1], *errors.shape[1:]))
-    np.add.at(by_night, weights.night, errors)
-    totals = np.tensordot(weights.drawn, by_night, axes=1)
+    totals = np.tensordot(weights.drawn, weights.sums(errors), axes=1)
     counts = weights.drawn @ np.bincount(weights.night)
     return np.sqrt(totals / counts.reshape((-1, *(1,) * (totals.ndim - 1))))
 

@@ -168,11 +168,10 @@ def share_of(
     """
     rows = np.ones(len(nights), dtype=bool) if among is None else among
     one, other = ((each.predictions[0] - each.observed)[rows] for each in (first, second))
-    _, codes = np.unique(nights[rows], return_inverse=True)
+    weights = night_weights(nights[rows], DRAWS)
     # By night: exposures, and the sums that the squares of a weighted mean are made of.
-    sums = np.stack([np.ones_like(one), one**2, one * other, other**2])
-    by_night = np.zeros((int(codes.max()) + 1, *sums.shape[:1], one.shape[1]))
-    np.add.at(by_night, codes, sums.transpose(1, 0, 2))
+    parts = np.stack([np.ones_like(one), one**2, one * other, other**2], axis=1)
+    by_night = weights.sums(parts)
     shares = np.linspace(0, 1, 101)[:, np.newaxis]
 
     def objectives(totals: np.ndarray) -> np.ndarray:
@@ -186,8 +185,7 @@ def share_of(
 
     objective = objectives(by_night.sum(axis=0))
     best = int(np.argmin(objective))
-    drawn = night_weights(np.arange(len(by_night)), DRAWS).drawn
-    resampled = objectives(np.tensordot(drawn, by_night, axes=1))
+    resampled = objectives(np.tensordot(weights.drawn, by_night, axes=1))
     error = np.std(resampled - resampled[:, [best]], axis=0, ddof=1)
     tied = np.flatnonzero(objective - objective[best] <= error)
     return float(shares[tied[np.argmin(np.abs(tied - len(shares) // 2))], 0])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import signal
 import threading
 import time
@@ -22,6 +21,7 @@ from typing import Any
 from ray import tune
 
 from desisky_tune.errors import SearchError, SearchInterrupted
+from desisky_tune.ray_session import environment
 from desisky_tune.search.engine import Work
 from desisky_tune.search.engine_client import EngineBackend
 from desisky_tune.search.engines import (
@@ -318,21 +318,15 @@ def _quiet_tune() -> Iterator[None]:
     Ctrl-C is not its to handle; its handler of SIGUSR1 goes when it has ended.
     """
     handlers = _signal_handlers()
-    before = {name: os.environ.get(name) for name in TUNE_ENVIRONMENT}
     loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.air", "ray.train")]
     levels = [logger.level for logger in loggers]
-    os.environ.update(TUNE_ENVIRONMENT)
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with environment(TUNE_ENVIRONMENT):
+            yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
