@@ -106,6 +106,16 @@ def test_another_night_is_covered_as_promised() -> None:
     assert 0.9 - 5 * error < np.mean(covered) < 0.9 + 2 / 27 + 5 * error
 
 
+def test_scatter_is_none_where_one_member_has_all_the_weight() -> None:
+    predictions = np.random.default_rng(0).normal(size=(3, 5, 4))
+    np.testing.assert_array_equal(scatter_of(predictions, [0.0, 1.0, 0.0]), np.zeros((5, 4)))
+    by_row = np.full((3, 5), 1 / 3)
+    by_row[:, 2] = [1, 0, 0]
+    scatter = scatter_of(predictions, by_row)
+    np.testing.assert_array_equal(scatter[2], np.zeros(4))
+    assert (scatter[[0, 1, 3, 4]] > 0).all()
+
+
 def test_scatter_of_one_member_is_none() -> None:
     predictions = np.random.default_rng(6).normal(20, 1, (3, 5, 4))
     np.testing.assert_array_equal(scatter_of(predictions[:1]), np.zeros((5, 4)))

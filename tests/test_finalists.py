@@ -14,12 +14,13 @@ import optuna
 import pandas as pd
 import pytest
 
+import desisky_tune
 from desisky_tune import load_run
 from desisky_tune.cli import main
 from desisky_tune.data.columns import BANDS, FEATURES, TARGETS
 from desisky_tune.data.features import FeatureTable, load_features
 from desisky_tune.data.splits import make_split
-from desisky_tune.errors import InputError
+from desisky_tune.errors import DataError, InputError
 from desisky_tune.inference import PREDICTIONS, Predictor, predict_frame
 from desisky_tune.io import load_model, read_header
 from desisky_tune.models.classical import ClassicalModel
@@ -227,10 +228,14 @@ def test_figures_are_those_of_the_files(result: SearchResult) -> None:
             else result.evaluation["figures"]["winner"]["test"]
         )
         np.testing.assert_allclose([figures[band] for band in BANDS], expected, atol=2e-5)
-    best = result.evaluation["finalists"][0]
-    assert result.evaluation["figures"]["alone"]["validation"]["mean"] == pytest.approx(
-        best["objective"]
-    )
+    # Each is tested as a mean over seeds, and so it is validated.
+    rows = load_run(result.run_dir).out_of_fold()
+    assert rows is not None
+    for name in ("winner", "alone", "default", "ensemble"):
+        given = rows[[f"{name}_{band}" for band in BANDS]].to_numpy()
+        expected = np.sqrt(np.mean((given - rows[list(TARGETS)].to_numpy()) ** 2, axis=0))
+        validated = result.evaluation["figures"][name]["validation"]
+        np.testing.assert_allclose([validated[band] for band in BANDS], expected)
     for name in ("winner", "alone", "default", "classical", "constant"):
         for part in ("validation", "test"):
             low, high = result.evaluation["intervals"][name][part]["mean"]
@@ -317,15 +322,46 @@ def test_the_ensemble_is_the_mean_of_its_checkpoints(
 
 def test_a_finalist_and_a_trial_are_exported(result: SearchResult, tmp_path: Path) -> None:
     winner = export_trial(result.run_dir, tmp_path / "winner.eqx")
-    assert (
-        winner.read_bytes().split(b"\n", 1)[1] == result.checkpoint.read_bytes().split(b"\n", 1)[1]
-    )
+    assert winner.read_bytes() == result.checkpoint.read_bytes()
     last = result.evaluation["finalists"][-1]
     header = read_header(export_trial(result.run_dir, tmp_path / "last.eqx", last["number"]))
     assert header["search"]["finalist"] == last["number"]
     assert header["training"]["config"]["epochs"] == last["best_epoch"] + 1
     own = read_header(export_trial(result.run_dir, tmp_path / "own.eqx", 0))
     assert "final_fit" not in own["search"]
+
+
+def test_what_is_fetched_of_a_run_exports_the_same(result: SearchResult, tmp_path: Path) -> None:
+    assert main(["fetch", "final", str(tmp_path), "--runs", str(result.run_dir.parent)]) == 0
+    assert main(["export", str(tmp_path / "final"), str(tmp_path / "winner.eqx")]) == 0
+    assert (tmp_path / "winner.eqx").read_bytes() == result.checkpoint.read_bytes()
+
+
+def test_rows_that_the_winner_was_fitted_to_are_none_to_validate_on(
+    result: SearchResult, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, split = str(result.checkpoint), search_of(result)["split"]
+    count = len(split["validation"])
+    arguments = ["evaluate", checkpoint, "--rows", "validation"]
+    assert main([*arguments, "--split-from", str(result.run_dir), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert f"{count} of {count} rows measured on are training rows" in told["notes"]
+    assert main(arguments) == 2
+    assert "fitted to the validation rows of its split, too" in capsys.readouterr().err
+
+
+def test_files_of_the_end_that_were_lost_are_made_again(
+    result: SearchResult, tmp_path: Path
+) -> None:
+    copy = tmp_path / "final"
+    shutil.copytree(result.run_dir, copy)
+    member = min((copy / "ensemble").glob("*.eqx"))
+    (copy / "best" / "final.eqx").unlink()
+    member.unlink()
+    assert resume_search(copy).evaluation == result.evaluation
+    for lost in (Path("best/final.eqx"), member.relative_to(copy)):
+        again, before = ((run / lost).read_bytes() for run in (copy, result.run_dir))
+        assert again.split(b"\n", 1)[1] == before.split(b"\n", 1)[1]  # a header tells when
 
 
 def test_a_finished_run_resumes_to_itself(result: SearchResult) -> None:
@@ -441,6 +477,23 @@ def test_the_best_complete_trials_and_the_default_are_finalists() -> None:
     assert chosen([default, *better]) == [2, 3, 0]
     assert chosen(better) == [2, 3, None]
     assert chosen([default, better[0]], count=8) == [1, 0]
+
+
+def test_a_default_that_breaks_a_constraint_is_no_finalist() -> None:
+    spec = load_spec("quick", ["search.max_parameters=5000", "evaluation.finalists=3"])
+    trials = [record(1, 0.3, width=8), record(2, 0.2, width=16)]
+    assert [each.trial for each in choose_finalists(spec, trials)] == [2, 1]
+
+
+def test_too_few_nights_for_the_folds_are_said_before_the_search(tmp_path: Path) -> None:
+    table = pd.read_csv(Path(desisky_tune.__file__).parent / "data/sample/desi-sv1-exposures.csv")
+    moonlit = table.query("MOONALT > 5 and MOONFRAC > 0.5 and SUNALT < -20")
+    nights = moonlit["NIGHT"].value_counts().index[:5]
+    moonlit[moonlit["NIGHT"].isin(nights)].to_csv(tmp_path / "five.csv", index=False)
+    spec = load_spec("quick", [f"data.source={tmp_path / 'five.csv'}"])
+    with pytest.raises(DataError, match=r"evaluation\.finalist_folds: 5 folds by NIGHT need"):
+        run_search(spec, runs=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_configuration_comes_once_and_a_failed_one_never() -> None:

@@ -270,6 +270,29 @@ def test_training_rows_come_from_the_header(tmp_path: Path, record: str) -> None
     assert evaluate(path, table, split.test).as_dict() == given_rows.as_dict()
 
 
+@pytest.mark.parametrize("record", ["exposures", "draw"])
+def test_rows_of_a_final_fit_are_no_validation_rows(tmp_path: Path, record: str) -> None:
+    table = feature_table()
+    split = make_split(table.frame, seed=4)
+    fitted = np.sort(np.concatenate([split.train, split.validation]))
+    described = split.as_exposures(table.frame)
+    if record == "draw":
+        drawn = {key: described[key] for key in ("by", "seed", "fractions")}
+        described = {**drawn, "fitted": ["train", "validation"]}
+    else:
+        exposures = table.frame["EXPID"].to_numpy()[fitted]
+        described = {**described, "train": exposures.tolist(), "validation": []}
+    data = {"fingerprint": table.fingerprint}
+    found = recorded_split({"split": described, "data": data}, table)
+    assert found is not None
+    np.testing.assert_array_equal(found.train, fitted)
+    assert not len(found.validation)
+    path = saved(tmp_path / "x.eqx", small_model(), split=described, data=data)
+    evaluation = evaluate(path, table, split.validation, train_rows=split.train)
+    count = len(split.validation)
+    assert f"{count} of {count} rows measured on are training rows" in evaluation.notes
+
+
 def test_split_of_another_table_is_none_of_ours() -> None:
     table = feature_table()
     drawn = {"by": "NIGHT", "seed": 0, "fractions": [0.6, 0.2, 0.2]}

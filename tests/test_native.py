@@ -179,6 +179,48 @@ def test_the_moments_of_idle_units_fade(moment):
 
 
 @needs_compiler
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    steps=st.sampled_from([0, 1, 7, 1000, 10**6]),
+    zero=st.floats(0, 0.5),
+    huge=st.booleans(),
+)
+def test_a_step_is_right_to_a_few_units_in_the_last_place(seed, steps, zero, huge):
+    random = np.random.default_rng(seed)
+    arrays = rows(12, 10)
+    made = program(width=20, depth=2, batch_size=12)
+    layers = with_idle_units(20, 2)
+    layers[1][0][::3] = 0  # what such a weight is after a step, is the step
+    begun = made.init(3, made._model(pack(layers)))
+    shape = layers[1][0][::3].shape
+    m = 10 ** random.uniform(-15, 10, shape) * random.choice([-1, 1], shape)
+    v = 10 ** random.uniform(-30, 38 if huge else 4, shape)
+    m[random.random(shape) < zero] = 0
+    v[random.random(shape) < zero] = 0
+    if huge:
+        v[0, 0] = np.inf
+    m, v = m.astype(np.float32), v.astype(np.float32)
+    moments = []
+    for values in (m, v):
+        parts = [[0 * part for part in layer] for layer in layers]
+        parts[1][0][::3] = values
+        moments.append(pack(parts))
+    optimiser = begun.optimiser._replace(
+        first=moments[0], second=moments[1], steps=np.array(steps, np.int32)
+    )
+    after, _ = made.advance(
+        begun._replace(optimiser=optimiser), arrays, Hyperparameters(1e-3, 0.3), 1
+    )
+    t, beta1, beta2 = steps + 1, float(np.float32(0.9)), float(np.float32(0.999))
+    first = beta1 * m.astype(float) / (1 - beta1**t)
+    second = beta2 * v.astype(float) / (1 - beta2**t)
+    step = 1e-3 * first / (np.sqrt(second) + 1e-8)
+    found = unpack(after.parameters, [(6, 20), (20, 20), (20, 4)])[1][0][::3]
+    np.testing.assert_allclose(found, -step, rtol=5e-7, atol=1e-37)
+
+
+@needs_compiler
 def test_a_long_training_stays_beside_the_compiled_one_of_jax():
     arrays = rows(300, 100)
     native = program(width=48, depth=3, batch_size=32)

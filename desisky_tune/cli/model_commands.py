@@ -269,16 +269,18 @@ def evaluate(
     if split_from is not None and (data is not None or subset is not None):
         raise InputError("--split-from brings the run's own exposures: leave --data, --subset out")
     predictor = _load(checkpoint)
-    split: Split | None
+    drawn: Split | None = None
     if split_from is not None:
-        features, split = _run_data(split_from)
+        features, drawn = _run_data(split_from)
     else:
         features = load_features(data or "sv1", subset or "moon")
-        split = recorded_split(predictor.meta, features)
+    # The exported winner of finalists has learnt from the run's validation rows, too.
+    own = recorded_split(predictor.meta, features)
+    split = own or drawn
     evaluation = measure(
         predictor,
         features,
-        _chosen(rows, split, checkpoint),
+        _chosen(rows, drawn or own, checkpoint),
         train_rows=split.train if split is not None else None,
     )
     if as_json:
@@ -310,6 +312,11 @@ def _chosen(part: str, split: Split | None, checkpoint: str) -> np.ndarray | Non
             "give a run with --split-from"
         )
     chosen: np.ndarray = getattr(split, part)
+    if not len(chosen):
+        raise InputError(
+            f"--rows {part}: {checkpoint} was fitted to the {part} rows of its split, too, and "
+            "none are left; choose test, or all"
+        )
     return chosen
 
 

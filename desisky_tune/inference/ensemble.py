@@ -197,7 +197,8 @@ def scatter_of(predictions: Floats, weights: ArrayLike | None = None) -> Floats:
     """Return the standard deviation of members ``(members, n, 4)``; 0 for one member.
 
     With weights as in `mean_of`, the unbiased one: the weighted mean of the squared deviations
-    over ``1 - sum(weights ** 2)``. With equal ones that is a division by ``members - 1``.
+    over ``1 - sum(weights ** 2)``. With equal ones that is a division by ``members - 1``. It is 0
+    where one member has all the weight.
     """
     if len(predictions) == 1:
         return np.zeros(predictions.shape[1:])
@@ -205,7 +206,8 @@ def scatter_of(predictions: Floats, weights: ArrayLike | None = None) -> Floats:
         return np.asarray(predictions.std(axis=0, ddof=1))
     by_row = _by_row(weights)
     squares = (by_row * (predictions - mean_of(predictions, weights)) ** 2).sum(axis=0)
-    return np.asarray(np.sqrt(squares / (1 - (by_row**2).sum(axis=0))))
+    spread = 1 - (by_row**2).sum(axis=0)
+    return np.asarray(np.sqrt(np.where(spread > 0, squares / np.where(spread > 0, spread, 1), 0)))
 
 
 def _by_row(weights: ArrayLike) -> Floats:

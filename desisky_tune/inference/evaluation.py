@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -147,8 +147,9 @@ def evaluate(
         Positions of the rows to measure on; all by default.
     train_rows
         Positions of the rows on which the classical model and the constant are fitted. By
-        default the training rows that the checkpoint's header tells of; where it tells of
-        none, the model stands alone and a note says so.
+        default those that the checkpoint was fitted to, as its header tells; where it does not
+        tell, the model stands alone and a note says so. A note also counts the rows measured
+        on that the checkpoint was fitted to.
     features
         The inputs of a model that is not a file.
 
@@ -168,15 +169,16 @@ def evaluate(
         raise DataError("no row to evaluate on")
     frame = table.frame.iloc[chosen]
     notes = predictor.notes(frame)
-    if train_rows is None:
-        split = recorded_split(predictor.meta, table)
-        train_rows = split.train if split is not None else None
+    own = recorded_split(predictor.meta, table)
+    if train_rows is None and own is not None:
+        train_rows = own.train
     models: dict[str, _Model] = {"checkpoint": predictor}
     if train_rows is None:
         notes.append("the training rows are not known: no classical model and no constant")
     else:
         models |= _baselines(table, np.asarray(train_rows))
-        seen = int(np.isin(chosen, np.asarray(train_rows)).sum())
+        fitted = own.train if own is not None else np.asarray(train_rows)
+        seen = int(np.isin(chosen, fitted).sum())
         if seen:
             notes.append(f"{seen} of {len(chosen)} rows measured on are training rows")
     if table.v_derived:
@@ -201,7 +203,8 @@ def recorded_split(meta: Mapping[str, Any], table: FeatureTable) -> Split | None
     """Return the split that a checkpoint was trained with, if its header tells and it fits.
 
     The header may hold the exposures of each part, or how the split was drawn; a drawn one is
-    drawn again where the table's fingerprint is the one of the header.
+    drawn again where the table's fingerprint is the one of the header. Validation rows that a
+    final fit trained on count as training rows.
     """
     from desisky_tune.data.splits import Split, make_split
 
@@ -213,12 +216,16 @@ def recorded_split(meta: Mapping[str, Any], table: FeatureTable) -> Split | None
             return Split.from_exposures(recorded, table.frame)
         if (meta.get("data") or {}).get("fingerprint") != table.fingerprint:
             return None
-        return make_split(
+        drawn = make_split(
             table.frame,
             by=recorded["by"],
             fractions=tuple(recorded["fractions"]),
             seed=recorded["seed"],
         )
+        if "validation" not in recorded.get("fitted", ()):
+            return drawn
+        both = np.sort(np.concatenate([drawn.train, drawn.validation]))
+        return replace(drawn, train=both, validation=drawn.validation[:0])
     except (DataError, KeyError, TypeError):
         return None  # another table than the one it was trained on
 

@@ -10,7 +10,8 @@ one standard error of the lowest the one nearest to a half is taken. Where there
 the error is small, and where networks know all that the formula does, it has no weight.
 
 A checkpoint holds a network. So a small one is trained to give what the fitted formula gives, on
-made-up conditions, as many as it takes: to a hundredth of a magnitude.
+made-up conditions, as many as it takes. Where it cannot (the formula is a step at the horizon, in
+rows with and without a Moon) the formula has no voice: what is exported is what was measured.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from desisky_tune.data.columns import BANDS, NIGHT
 from desisky_tune.errors import SearchError
 from desisky_tune.inference.bootstrap import night_weights
 from desisky_tune.inference.predictor import apply_model
+from desisky_tune.io.header import read_header
 from desisky_tune.models.classical import CLASSICAL_FEATURES, ClassicalModel
 from desisky_tune.search.baselines import Predict
 from desisky_tune.search.finalists import OutOfFold, predict_out_of_fold
@@ -48,7 +50,10 @@ DRAWS = 1000
 #: A share below this is none; and so much is left to the networks.
 LEAST_SHARE = 0.02
 
-#: Made-up conditions, how many of them only measure, and how the network is trained on the rest.
+#: How far the network may be from the formula on the rows' own conditions, in any band (mag).
+TOLERANCE = 0.02
+
+#: Made-up conditions, how many of them only validate, and how the network is trained on the rest.
 CONDITIONS, MEASURED = 18432, 2048
 EPOCHS, BATCH, RATE = 60, 64, 1e-2
 
@@ -122,7 +127,9 @@ def hear_classical(run: SearchRun, networks: OutOfFold) -> Voice | None:
     share, *by_fold = (
         min(share_of(networks, unseen, nights, rows), 1 - LEAST_SHARE) for rows in among
     )
-    return None if share < LEAST_SHARE else Voice(share, tuple(by_fold), unseen)
+    if share < LEAST_SHARE or not _is_faithful(write_voice(run)):
+        return None
+    return Voice(share, tuple(by_fold), unseen)
 
 
 def can_speak(run: SearchRun) -> bool:
@@ -155,7 +162,7 @@ def share_of(
 
     Of the weights whose objective lies within one standard error of the lowest, it is the one
     nearest to a half. The objective is the mean of the bands' RMSE; the error is that of the
-    difference, over the same resampled nights for both.
+    difference, over the same resampled nights for both. One night has no error: a half.
 
     Parameters
     ----------
@@ -169,6 +176,8 @@ def share_of(
     rows = np.ones(len(nights), dtype=bool) if among is None else among
     one, other = ((each.predictions[0] - each.observed)[rows] for each in (first, second))
     weights = night_weights(nights[rows], DRAWS)
+    if weights.drawn.shape[1] == 1:
+        return 0.5
     # By night: exposures, and the sums that the squares of a weighted mean are made of.
     parts = np.stack([np.ones_like(one), one**2, one * other, other**2], axis=1)
     by_night = weights.sums(parts)
@@ -200,7 +209,7 @@ class Imitation:
     network
         On raw features.
     rmse
-        How far it is from it, by band (mag), on conditions that it was not trained on.
+        How far it is from it, by band (mag), on the rows' own conditions.
     """
 
     network: Any
@@ -254,7 +263,10 @@ def imitate(
     if curve.failed:
         raise SearchError("a network that should imitate the classical model diverged")
     network = fold(program.last_model(state), scaling)
-    return Imitation(network, _distance(network, inputs[:MEASURED], targets[:MEASURED]))
+    real = frame[list(features)]
+    difference = apply_model(network, real.to_numpy(dtype=np.float32)) - model.predict(real)
+    rmse = np.sqrt(np.mean(difference**2, axis=0))
+    return Imitation(network, dict(zip(BANDS, map(float, rmse), strict=True)))
 
 
 def write_voice(run: SearchRun) -> Path:
@@ -317,6 +329,7 @@ def make_conditions(
     return np.asarray(draw.permutation(np.clip(np.concatenate([close, wide]), low, high)))
 
 
-def _distance(network: Any, inputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    rmse = np.sqrt(np.mean((apply_model(network, inputs) - targets) ** 2, axis=0))
-    return dict(zip(BANDS, map(float, rmse), strict=True))
+def _is_faithful(path: Path) -> bool:
+    """Whether the network of a checkpoint says what the formula says."""
+    distances = read_header(path)["imitated_to"].values()
+    return all(distance <= TOLERANCE for distance in distances)

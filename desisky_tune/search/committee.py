@@ -92,16 +92,16 @@ class Committee:
 
 def form_committee(run: SearchRun, final: Final) -> Committee | None:
     """Return the committee of a run's finalists; None where there is none."""
-    speaks = can_speak(run)
-    seats = choose_seats(run, final, [SHAPE] if speaks else [])
-    if speaks and not seats:
-        # The limit on the weights leaves no room for the voice.
-        speaks, seats = False, choose_seats(run, final)
+    if can_speak(run) and (beside := choose_seats(run, final, [SHAPE])):
+        networks = mean_out_of_fold(final, numbers_of(beside))
+        voice = hear_classical(run, networks)
+        if voice is not None:
+            return Committee(tuple(beside), voice, voice.among(networks))
+    # Without a voice, or where the limit on the weights leaves no room for one.
+    seats = choose_seats(run, final)
     if not seats:
         return None
-    networks = mean_out_of_fold(final, numbers_of(seats))
-    voice = hear_classical(run, networks) if speaks else None
-    return Committee(tuple(seats), voice, networks if voice is None else voice.among(networks))
+    return Committee(tuple(seats), None, mean_out_of_fold(final, numbers_of(seats)))
 
 
 def choose_seats(

@@ -13,7 +13,6 @@ from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.records import Ledger, TrialRecord, best_record
 from desisky_tune.search.trial_files import (
     checkpoint_path,
-    committee_path,
     final_path,
     state_path,
 )
@@ -23,8 +22,9 @@ def export_trial(run_dir: str | Path, out: str | Path, trial: int | None = None)
     """Write a trial's best weights as a checkpoint in desisky's format.
 
     A trial that was measured on folds has no weights of its own: its configuration is
-    fitted to all training and validation rows (`desisky_tune.search.final_fit`). The winner of
-    finalists is their committee where there is one (`desisky_tune.search.committee`).
+    fitted to all training and validation rows (`desisky_tune.search.final_fit`). By default it
+    is what the search has exported (of finalists their committee, `desisky_tune.search.committee`);
+    before it has, the best trial so far.
 
     The inputs are put into the reference order, in which desisky feeds them, wherever
     they are those of the reference model.
@@ -36,8 +36,7 @@ def export_trial(run_dir: str | Path, out: str | Path, trial: int | None = None)
     out
         The file to write.
     trial
-        Number of the trial, of the search or of the finalists, by itself; what the search
-        exported by default.
+        Number of the trial, of the search or of the finalists, by itself; by default see above.
 
     Returns
     -------
@@ -52,12 +51,13 @@ def export_trial(run_dir: str | Path, out: str | Path, trial: int | None = None)
         When `out` cannot be written.
     """
     folder = RunFolder.open(run_dir)
-    record = trial_record(folder, trial)
-    committee = committee_path(folder.trials)
     if trial is None:
-        folder.fetched(committee)
-    together = trial is None and committee.exists()
-    return export_weights(folder, record, committee if together else _weights(folder, record), out)
+        folder.fetched(folder.best)
+        if folder.best.exists():
+            # Not made anew: of a run that was fetched, this is all that there is.
+            return write_in_reference_order(folder.best, out, search={})
+    record = trial_record(folder, trial)
+    return export_weights(folder, record, _weights(folder, record), out)
 
 
 def export_weights(folder: RunFolder, record: TrialRecord, source: Path, out: str | Path) -> Path:

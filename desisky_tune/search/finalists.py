@@ -69,22 +69,21 @@ def choose_finalists(spec: SearchSpec, records: Sequence[TrialRecord]) -> list[F
     -------
     list of Finalist
         The complete trials with the lowest objectives, each configuration once; where they
-        do not suffice, the pruned ones that got furthest. The documented default is always
-        one of them.
+        do not suffice, the pruned ones that got furthest. The documented default is one of
+        them, unless it breaks a constraint of the search.
     """
     chosen: list[tuple[int | None, Mapping[str, Any]]] = []
     for record in sorted(records, key=_promise):
         known = any(in_full(record.configuration) == in_full(other) for _, other in chosen)
         if record.state != "FAIL" and not known:
             chosen.append((record.number, record.configuration))
-    default = next(
-        (each for each in chosen if is_documented_default(each[1])),
-        (None, default_configuration(spec)),
-    )
     count = spec.evaluation.final_plan[0]
     best = chosen[:count]
-    if default not in best:
-        best = [*best[: count - 1], default]
+    default = default_configuration(spec)
+    if spec.broken_constraint(default) is None:
+        own = next((each for each in chosen if is_documented_default(each[1])), (None, default))
+        if own not in best:
+            best = [*best[: count - 1], own]
     first = spec.search.trials
     return [Finalist(first + place, *each) for place, each in enumerate(best)]
 

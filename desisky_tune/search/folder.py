@@ -217,10 +217,12 @@ class RunFolder:
         """Put what a finished search has made to where the run lies, where that is a URL."""
         if self.mirror is None:
             return
-        made = [self.ledger, self.evaluation, self.search_json, *self.path.glob("*.parquet")]
-        made += [self.finalists, *self.path.glob("best/*"), *self.path.glob("ensemble/*")]
+        made = [self.ledger, self.search_json, *self.path.glob("*.parquet"), self.finalists]
         made += [committee_path(self.trials), voice_path(self.trials)]
-        self.kept(*(path for path in made if path.is_file()))
+        made += self.trials.glob("*-final.eqx")
+        made += [*self.path.glob("best/*"), *self.path.glob("ensemble/*")]
+        # The evaluation last: where it is, all is.
+        self.kept(*(path for path in (*made, self.evaluation) if path.is_file()))
         self.mirror.forget_states(record.number for record in records)
 
     def fetched(self, *paths: Path) -> None:

@@ -8,10 +8,13 @@ import numpy as np
 
 from desisky_tune.data.columns import EXPOSURE_ID, TARGETS
 from desisky_tune.data.splits import make_folds
+from desisky_tune.errors import DataError
 from desisky_tune.search.arrays import SearchArrays
 from desisky_tune.search.backend import Member
 
 if TYPE_CHECKING:
+    from desisky_tune.data.features import FeatureTable
+    from desisky_tune.data.splits import Split
     from desisky_tune.search.origin import SearchRun
     from desisky_tune.search.space import SearchSpec
 
@@ -59,11 +62,33 @@ def run_folds(run: SearchRun, folds: int) -> list[Rows]:
     DataError
         When there are fewer groups than folds.
     """
-    split = run.split
+    return _divide(run.table, run.split, folds)
+
+
+def require_folds(spec: SearchSpec, table: FeatureTable, split: Split) -> None:
+    """See that a table can be divided as a search will ask, before it begins.
+
+    Raises
+    ------
+    DataError
+        When it has too few nights (or other groups) for the folds of the trials, or of the
+        finalists.
+    """
+    asked = {"folds": spec.evaluation.folds}
+    if spec.evaluation.finalists:
+        asked["finalist_folds"] = spec.evaluation.finalist_folds
+    for field, folds in asked.items():
+        try:
+            _divide(table, split, folds)
+        except DataError as error:
+            raise DataError(f"evaluation.{field}: {error}") from error
+
+
+def _divide(table: FeatureTable, split: Split, folds: int) -> list[Rows]:
     if folds == 1:
         return [(split.train, split.validation)]
     rows = np.union1d(split.train, split.validation)
-    return make_folds(run.table.frame, rows, by=split.by, folds=folds, seed=split.seed)
+    return make_folds(table.frame, rows, by=split.by, folds=folds, seed=split.seed)
 
 
 def search_arrays(run: SearchRun) -> SearchArrays:

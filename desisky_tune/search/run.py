@@ -28,6 +28,7 @@ from desisky_tune.search.finalists import (
     unfinished_finalists,
 )
 from desisky_tune.search.folder import RunFolder
+from desisky_tune.search.folds import require_folds
 from desisky_tune.search.hyperparameters import is_documented_default
 from desisky_tune.search.leaderboard import leaderboard
 from desisky_tune.search.local import checkpoint_path, state_path, sweep
@@ -137,6 +138,7 @@ def run_search(
             split = make_split(
                 table.frame, spec.split.by, fractions=spec.split.fractions, seed=spec.split.seed
             )
+            require_folds(spec, table, split)
             prepared = prepare_pretraining(spec, table, split)
             chosen = spec.name if name is None else name
             folder = RunFolder.create(runs, chosen, exact=name is not None)

@@ -33,7 +33,9 @@ the classical model's share, where it has a voice; epochs and seeds are those of
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,27 +132,34 @@ def crown_finalist(run: SearchRun, final: Final) -> dict[str, Any]:
     """
     winner, default = final.winner, final.default
     number = winner.number if winner.trial is None else winner.trial
-    known = _known(run, number)
-    committee = form_committee(run, final)
-    alike = {} if committee is None else {"alone": winner}
-    if default is not None:
-        alike["default"] = default
-    source = _write_fit(run, final, winner)
-    files = {"winner": run.folder.best}
-    files |= {name: _write_fit(run, final, each) for name, each in alike.items()}
     record = final.records[winner.number]
-    if known is None or not run.folder.best.exists():
-        if committee is not None:
-            source = write_committee(run, final, committee, committee_path(run.folder.trials))
-        export_weights(run.folder, record, source, run.folder.best)
+    known = _known(run, number)
+    if known is not None and run.folder.best.exists() and _ensemble_is_whole(run):
+        return known
+    committee = form_committee(run, final)
+    if committee is None:
+        source = _write_fit(run, final, winner)
+    else:
+        source = write_committee(run, final, committee, committee_path(run.folder.trials))
+    export_weights(run.folder, record, source, run.folder.best)
+    ensemble = _write_ensemble(run, final)
     if known is not None:
         return known
+    files = {"winner": run.folder.best}
+    if committee is None:
+        by_fold = {"winner": _promised(final, winner, source)}
+    else:
+        by_fold = {"winner": committee.unseen}
+    alike = {"default": default} if committee is None else {"alone": winner, "default": default}
+    for name, finalist in alike.items():
+        if finalist is None:
+            continue
+        try:
+            files[name] = _write_fit(run, final, finalist)
+        except SearchError:
+            continue  # it diverged; what is exported needs it for nothing
+        by_fold[name] = _promised(final, finalist, files[name])
     models = {name: Predictor.load(path).predict for name, path in files.items()}
-    by_fold = {"winner": final.errors[winner.number]}
-    if committee is not None:
-        by_fold["winner"] = committee.unseen
-    by_fold |= {name: final.errors[each.number] for name, each in alike.items()}
-    ensemble = _write_ensemble(run, final)
     if ensemble is not None:
         models["ensemble"] = EnsemblePredictor.load(run.folder.ensemble).predict
         by_fold["ensemble"] = ensemble
@@ -237,7 +246,7 @@ def _is_default(record: TrialRecord) -> bool:
 
 def _check(run: SearchRun, reread: float, record: TrialRecord) -> None:
     """See that files read back give what their trial reported."""
-    if abs(reread - float(record.objective or np.nan)) > FOLDING_TOLERANCE:
+    if not abs(reread - float(record.objective or np.nan)) <= FOLDING_TOLERANCE:
         raise SearchError(
             f"{run.folder.best}: read back, it has an RMSE of {reread:.5f} mag on the validation "
             f"rows; trial {record.number} reported {record.objective:.5f}"
@@ -246,19 +255,46 @@ def _check(run: SearchRun, reread: float, record: TrialRecord) -> None:
 
 def _write_fit(run: SearchRun, final: Final, finalist: Finalist) -> Path:
     path = final_path(run.folder.trials, finalist.number)
+    run.folder.fetched(path)
     if not path.exists():
         origin = {"trial": finalist.trial, "finalist": finalist.number}
         write_final_fit(run, fit_of(final.records[finalist.number], origin), path)
     return path
 
 
+def _promised(final: Final, finalist: Finalist, path: Path) -> OutOfFold:
+    """Return what the trainings of a finalist make of rows that they did not see.
+
+    Their mean over the seeds, where the file is a mean over seeds, too.
+    """
+    unseen = final.errors[finalist.number]
+    if len(read_header(path)["mean_of"]["seeds"]) == 1:
+        return unseen
+    return replace(unseen, predictions=unseen.predictions.mean(axis=0, keepdims=True))
+
+
+def _ensemble_is_whole(run: SearchRun) -> bool:
+    """Whether the run has all files of its ensemble, where it has one."""
+    if not _asks_for_ensemble(run):
+        return True
+    index = run.folder.ensemble / INDEX
+    if not index.exists():
+        return False
+    members = json.loads(index.read_text())["members"]
+    return all((run.folder.ensemble / member).exists() for member in members)
+
+
+def _asks_for_ensemble(run: SearchRun) -> bool:
+    return bool(run.spec.evaluation.finalists and run.spec.evaluation.ensemble)
+
+
 def _write_ensemble(run: SearchRun, final: Final) -> OutOfFold | None:
     """Write the ensemble; return what its members make of rows that they did not see."""
-    count = run.spec.evaluation.ensemble if run.spec.evaluation.finalists else 0
-    if not count:
+    if not _asks_for_ensemble(run):
         return None
-    fit = fit_ensemble(run, final, count)
-    if not run.folder.ensemble.exists():
+    fit = fit_ensemble(run, final, run.spec.evaluation.ensemble)
+    if not _ensemble_is_whole(run):
+        shutil.rmtree(run.folder.ensemble, ignore_errors=True)
         write_ensemble(run, fit, run.folder.ensemble)
     return fit.mean
 
@@ -281,7 +317,8 @@ def _fit_figures(
         "final_fit": {
             "epochs": record.best_epoch + 1,
             "seed": record.seed,
-            "seeds": list(read_header(alone)["mean_of"]["seeds"]),
+            # Of a committee's winner alone, where that diverged, there are none.
+            "seeds": list(read_header(alone)["mean_of"]["seeds"]) if alone.exists() else [],
             **({} if committee is None else {"committee": committee.as_dict()}),
             "rows": len(fitted),
             "rmse": figures_of(squared_residuals(run, models["winner"], fitted)),

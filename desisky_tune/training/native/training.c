@@ -72,22 +72,6 @@ INLINE void store(float *at, vec v) { memcpy(at, &v, sizeof v); }
 
 INLINE vec spread(float x) { return x - (vec){0}; }
 
-INLINE vec root_of(vec x) {
-#if defined(__AVX512F__)
-    return (vec)_mm512_sqrt_ps((__m512)x);
-#elif defined(__AVX__)
-    return (vec)_mm256_sqrt_ps((__m256)x);
-#elif defined(__SSE__)
-    return (vec)_mm_sqrt_ps((__m128)x);
-#elif defined(__aarch64__)
-    return (vec)vsqrtq_f32((float32x4_t)x);
-#else
-    vec y;
-    for (int i = 0; i < LANES; i++) y[i] = sqrtf(x[i]);
-    return y;
-#endif
-}
-
 /* a b + c, rounded once where the processor can. Said and not left to the compiler, which may fuse
    either of two products, and not the same one in every copy of a loop. */
 INLINE vec fused(vec a, vec b, vec c) {
@@ -130,22 +114,57 @@ static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 #define EPSILON 1e-8f
 
 typedef struct {
-    float size, unbias; /* rate / (1 - beta1^t), 1 / (1 - beta2^t) */
-    float decay, scale; /* rate x weight decay, what clips the gradient: 0 and 1 change no bit */
-    int plain;          /* whether they are 0 and 1 */
+    float size, epsilon; /* rate / (1 - beta1^t) and EPSILON, both x root of (1 - beta2^t) */
+    float decay, scale;  /* rate x weight decay, what clips the gradient: 0 and 1 change no bit */
+    int plain;           /* whether they are 0 and 1 */
 } Rates;
 
-/* AdamW as optax has it, the bias corrections as two numbers. */
+#if !defined(__AVX512F__)
+INLINE vec root_of(vec x) {
+#if defined(__AVX__)
+    return (vec)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE__)
+    return (vec)_mm_sqrt_ps((__m128)x);
+#elif defined(__aarch64__)
+    return (vec)vsqrtq_f32((float32x4_t)x);
+#else
+    vec y;
+    for (int i = 0; i < LANES; i++) y[i] = sqrtf(x[i]);
+    return y;
+#endif
+}
+#endif
+
+/* first / (root of second + epsilon).
+
+   With vectors of 512 bits the divider takes longer for a root and a quotient than all else in
+   Adam, so there the root is made beside it: from an estimate of 14 bits by a Newton step, right
+   to two units in the last place. Where `second` is zero or infinite the estimate is set to 1: the
+   sum is then epsilon, or infinite. */
+INLINE vec over_root(vec first, vec second, float epsilon) {
+#if defined(__AVX512F__)
+    const __m512i where = _mm512_set1_epi32(0xA << 8 | 0xA << 20);
+    const __m512 x = (__m512)second, one = _mm512_set1_ps(1);
+    const __m512 estimate = _mm512_fixupimm_ps(_mm512_rsqrt14_ps(x), x, where, 0);
+    const __m512 root = _mm512_mul_ps(x, estimate);
+    const __m512 error = _mm512_fnmadd_ps(root, estimate, one);
+    const __m512 better = _mm512_fmadd_ps(error, _mm512_set1_ps(0.5f), one);
+    return first / (vec)_mm512_fmadd_ps(root, better, _mm512_set1_ps(epsilon));
+#else
+    return first / (root_of(second) + epsilon);
+#endif
+}
+
+/* AdamW as optax has it, the bias corrections in `size` and `epsilon`. */
 INLINE void adam(float *w, float *m, float *v, vec g, Rates by, const int plain) {
     if (!plain) g *= by.scale;
     const vec first = fused(spread(BETA1), load(m), (1 - BETA1) * g);
     const vec second = fused(spread(BETA2), load(v), (1 - BETA2) * (g * g));
     store(m, first);
     store(v, second);
-    const vec before = load(w);
-    vec step = by.size * first / (root_of(second * by.unbias) + EPSILON);
-    if (!plain) step = fused(spread(by.decay), before, step);
-    store(w, before - step);
+    vec kept = load(w);
+    if (!plain) kept = fused(spread(-by.decay), kept, kept);
+    store(w, fused(over_root(first, second, by.epsilon), spread(-by.size), kept));
 }
 
 /* ---------------------------------------------------------------- tiles */
@@ -390,7 +409,28 @@ static double update(Layer *layer, const Live *live, const float *signal, int64_
 
 /* Transpose a block of 16 x 16. */
 INLINE void transpose_block(const float *in, float *out) {
-#if defined(__AVX__)
+#if defined(__AVX512F__)
+    /* Four columns of rows i, i + 4, i + 8, i + 12 side by side; then blocks of 4 x 4. */
+    for (int side = 0; side < PANEL; side += 4, out += 4 * PANEL) {
+        __m512 r[4];
+        __m512d t[4];
+        UNROLL for (int i = 0; i < 4; i++) {
+            const float *at = in + i * PANEL + side;
+            r[i] = _mm512_castps128_ps512(_mm_loadu_ps(at));
+            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(at + 4 * PANEL), 1);
+            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(at + 8 * PANEL), 2);
+            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(at + 12 * PANEL), 3);
+        }
+        UNROLL for (int i = 0; i < 4; i += 2) {
+            t[i] = _mm512_castps_pd(_mm512_unpacklo_ps(r[i], r[i + 1]));
+            t[i + 1] = _mm512_castps_pd(_mm512_unpackhi_ps(r[i], r[i + 1]));
+        }
+        UNROLL for (int i = 0; i < 2; i++) {
+            store(out + 2 * i * PANEL, (vec)_mm512_unpacklo_pd(t[i], t[i + 2]));
+            store(out + (2 * i + 1) * PANEL, (vec)_mm512_unpackhi_pd(t[i], t[i + 2]));
+        }
+    }
+#elif defined(__AVX__)
     for (int half = 0; half < 2; half++)
         for (int side = 0; side < 2; side++) {
             __m256 r[8], t[8];
@@ -709,7 +749,8 @@ static double take_step(Training *t, Scratch *s, const int32_t *order, int64_t s
         residuals(t, s, order, start, count, panels);
     }
     const double rate = rate_at(t, t->steps), step = (double)++t->steps;
-    const Rates by = {(float)(rate / (1 - pow(BETA1, step))), (float)(1 / (1 - pow(BETA2, step))),
+    const double unbias = sqrt(1 - pow(BETA2, step));
+    const Rates by = {(float)(rate / (1 - pow(BETA1, step)) * unbias), (float)(EPSILON * unbias),
                       (float)(rate * t->weight_decay), scale,
                       t->weight_decay == 0 && scale == 1};
     backpropagate(t, s, count, &by);
