@@ -10,11 +10,13 @@
 #   export DESISKY_DATA_DIR="$SCRATCH/desisky-tune/data"
 #   "$SCRATCH/desisky-tune/venv/bin/desisky-tune" data fetch      # only for --data vac
 #
-# Edit the lines marked (1) and (2); then, with whatever `desisky-tune search` takes:
+# Edit the lines marked (1) and (2); then, with what `desisky-tune search` takes (but --runs and
+# --address, which are this script's; a run without --name is called slurm-JOBID):
 #
 #   sbatch deploy/slurm.sh broadband --data vac --gpus 0.25 --name first
 #
-# The search's lines are in desisky-tune-JOBID.out; its run is in $RUNS. The exit code of the
+# The search's lines are in desisky-tune-JOBID.out; its run is in $RUNS (a folder that all nodes
+# see; set it to have another). The exit code of the
 # Slurm job is the search's. Two minutes before the time limit Slurm sends SIGTERM: the trials
 # finish their rungs, and the job goes back to the queue and takes its run up from there, until
 # the search is done (`scancel` ends that; DESISKY_TUNE_REQUEUE=0 does without). To go on with
@@ -44,6 +46,8 @@ set -euo pipefail
 base=${DESISKY_TUNE_BASE:-$SCRATCH/desisky-tune}
 RUNS=${RUNS:-$base/runs}
 export DESISKY_DATA_DIR=${DESISKY_DATA_DIR:-$base/data}
+# Feature tables, the compiled training core, JAX's programs: not in $HOME, which is slow here.
+export XDG_CACHE_HOME=${XDG_CACHE_HOME:-$base/cache}
 
 if type module >/dev/null 2>&1; then
   module load python
@@ -139,10 +143,16 @@ PYTHON
 # The run's name: a job that was requeued finds its run by it.
 name=
 words=("$@")
+kept=() # what a resume takes as well
 for ((i = 0; i < $#; i++)); do
   case ${words[i]} in
   --name) name=${words[i + 1]:-} ;;
   --name=*) name=${words[i]#--name=} ;;
+  --runs | --runs=* | --address | --address=*)
+    echo "${words[i]} is this script's: set RUNS in the environment to have another folder" >&2
+    exit 2
+    ;;
+  --tensorboard | --mlflow | --wandb | --json | --debug) kept+=("${words[i]}") ;;
   esac
 done
 
@@ -154,7 +164,7 @@ else
     words+=(--name "$name")
   fi
   if ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ -e $RUNS/$name/search.json ]]; then
-    command=(resume "$RUNS/$name" --address "$ip:$port")
+    command=(resume "$RUNS/$name" "${kept[@]}" --address "$ip:$port")
   else
     command=(search "${words[@]}" --address "$ip:$port" --runs "$RUNS")
   fi

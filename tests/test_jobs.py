@@ -510,6 +510,30 @@ def test_the_result_is_fetched_over_the_same_connection(
     assert {job["name"] for job in jobs} == {"tiny", "bad"}
 
 
+@pytest.mark.usefixtures("followed")
+def test_a_run_is_resumed_by_another_job(head: Head, submitted: dict[str, Any]) -> None:
+    evaluation = submitted["runs"] / "tiny" / "evaluation.json"
+    before = evaluation.read_bytes()
+    done = head.command("submit", "--resume", "tiny", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["job"] != submitted["tiny"]["job"]
+    assert told["metadata"] == submitted["tiny"]["metadata"]
+    followed = head.command("logs", told["job"], "--follow")
+    assert followed.returncode == 0, followed.stdout
+    assert "search finished in" in followed.stdout
+    assert evaluation.read_bytes() == before
+    # Where the head has forgotten the job, the place has to be said.
+    unknown = head.command("submit", "--resume", "nobody")
+    assert unknown.returncode == 2
+    assert "has no job 'nobody': say with --runs where the run is kept" in unknown.stderr
+
+
+def test_what_is_resumed_is_resumed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", "--resume", "deep", "--trials", "9"]) == 2
+    assert "--resume goes on with the run as it is" in capsys.readouterr().err
+
+
 def test_a_search_that_fails_is_a_failed_job(head: Head, submitted: dict[str, Any]) -> None:
     done = head.command("logs", submitted["bad"]["job"], "--follow")
     assert done.returncode == 1
@@ -534,8 +558,7 @@ def test_what_is_over_or_unknown_cannot_be_stopped(head: Head) -> None:
 def running(head: Head, submitted: dict[str, Any]) -> str:
     """The job of a search that would go on for hours."""
     started = head.command(
-        "submit", "quick", "--name", "long", "--runs", str(submitted["runs"]), "--set",
-        "training.epochs=100000",
+        "submit", "quick", "--name", "long", "--runs", str(submitted["runs"]), "--epochs", "100000",
     )  # fmt: skip
     assert started.returncode == 0, started.stderr
     assert f"run: long in {submitted['runs']} on the cluster" in started.stdout
@@ -570,6 +593,9 @@ def test_a_running_search_is_stopped(head: Head, submitted: dict[str, Any], runn
     early = head.command("fetch", "long")
     assert early.returncode == 2
     assert "fetch it when it has ended" in early.stderr
+    again = head.command("submit", "--resume", "long")
+    assert again.returncode == 2
+    assert "is RUNNING: let it end first" in again.stderr
     done = head.command("stop", "long")
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("STOPPED")

@@ -11,7 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from desisky_tune.cli.console import ABSENT, duration, say, show, show_json, table
-from desisky_tune.cli.options import AsJson, Debug
+from desisky_tune.cli.options import (
+    AsJson,
+    Debug,
+    Deterministic,
+    Epochs,
+    Gpus,
+    Overrides,
+    Seed,
+    Slots,
+    Space,
+    Subset,
+    TimeLimit,
+    Trials,
+    Workers,
+    as_overrides,
+)
 from desisky_tune.errors import ClusterError, InputError, SearchError
 
 if TYPE_CHECKING:
@@ -35,19 +50,9 @@ JobName = Annotated[
 
 
 def submit(
-    space: Annotated[
-        str,
-        typer.Argument(metavar="SPACE", help="A space that ships (quick, broadband), or a file."),
-    ] = "quick",
+    space: Space = "quick",
     address: Dashboard = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Override a value of the space file, e.g. search.trials=64. Repeatable.",
-        ),
-    ] = None,
+    overrides: Overrides = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -55,6 +60,23 @@ def submit(
             metavar="SOURCE",
             help="sv1 (shipped), vac (where the nodes have it), a URL, or the absolute path of "
             "a file that the nodes can read.",
+        ),
+    ] = None,
+    subset: Subset = None,
+    trials: Trials = None,
+    epochs: Epochs = None,
+    seed: Seed = None,
+    workers: Workers = None,
+    gpus: Gpus = None,
+    slots: Slots = None,
+    time_limit: TimeLimit = None,
+    deterministic: Deterministic = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="NAME",
+            help="Finish a run that was submitted before, instead of starting one.",
         ),
     ] = None,
     name: Annotated[
@@ -86,26 +108,41 @@ def submit(
     debug: Debug = False,
 ) -> None:
     """Start a search as a job on a Ray cluster, and leave it there."""
-    import json
-
     from desisky_tune.search.space import load_spec
 
-    given = [] if data is None else [f"data.source={json.dumps(data)}"]
-    spec = load_spec(space, [*(overrides or []), *given])
+    given = as_overrides(
+        data=data,
+        subset=subset,
+        trials=trials,
+        epochs=epochs,
+        seed=seed,
+        workers=workers,
+        gpus=gpus,
+        slots=slots,
+        time_limit=time_limit,
+        deterministic=deterministic,
+    )
+    if resume is not None and (given or overrides or name is not None or space != "quick"):
+        raise InputError("--resume goes on with the run as it is: leave the space's options out")
+    spec = None if resume is not None else load_spec(space, [*(overrides or []), *given])
 
-    from desisky_tune.jobs import Cluster, submit_search
+    from desisky_tune.jobs import Cluster, resume_job, submit_search
     from desisky_tune.jobs.submit import DEFAULT_RUNS
 
     cluster = Cluster(address)
-    job, metadata = submit_search(
-        cluster,
-        spec,
-        space=Path(space).name,
-        name=name,
-        runs=runs or DEFAULT_RUNS,
-        ship=not installed,
-        pip=pip,
-    )
+    if spec is None:
+        assert resume is not None
+        job, metadata = resume_job(cluster, resume, runs=runs, ship=not installed, pip=pip)
+    else:
+        job, metadata = submit_search(
+            cluster,
+            spec,
+            space=Path(space).name,
+            name=name,
+            runs=runs or DEFAULT_RUNS,
+            ship=not installed,
+            pip=pip,
+        )
     if as_json:
         show_json({"job": job, "address": cluster.address, "metadata": metadata})
         return

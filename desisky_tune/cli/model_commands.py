@@ -85,7 +85,7 @@ def train(
     early_stopping: Annotated[
         int | None,
         typer.Option(
-            "--early-stopping", metavar="N", help="Epochs without a better value.  [default: any]"
+            "--early-stopping", metavar="N", help="Epochs without a better value.  [default: never]"
         ),
     ] = None,
     epochs: Annotated[
@@ -113,7 +113,7 @@ def train(
         typer.Option("--split-seed", metavar="N", help="Of the split.  [default: 0]"),
     ] = None,
     from_run: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--from-run",
             metavar="RUN",
@@ -242,7 +242,7 @@ def evaluate(
     data: Data = None,
     subset: Subset = None,
     split_from: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--split-from",
             metavar="RUN",
@@ -295,7 +295,7 @@ def _load(checkpoint: str) -> Predictor:
     return load_predictor(None if checkpoint == PUBLISHED else checkpoint)
 
 
-def _run_data(run: Path) -> tuple[FeatureTable, Split]:
+def _run_data(run: str) -> tuple[FeatureTable, Split]:
     """Return the exposures and the split of a run."""
     from desisky_tune.search.origin import open_run
 

@@ -16,11 +16,22 @@ from desisky_tune.cli.options import (
     Dashboard,
     Data,
     Debug,
+    Deterministic,
+    Epochs,
+    Gpus,
     Mlflow,
+    Overrides,
     Run,
+    Seed,
+    Slots,
+    Space,
     Subset,
     TensorBoard,
+    TimeLimit,
+    Trials,
     Wandb,
+    Workers,
+    as_overrides,
 )
 from desisky_tune.cli.progress import search_progress
 from desisky_tune.errors import InputError
@@ -50,18 +61,8 @@ MODEL_NAMES = {
 
 
 def search(
-    space: Annotated[
-        str,
-        typer.Argument(metavar="SPACE", help="A space that ships (quick, broadband), or a file."),
-    ] = "quick",
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Override a value of the space file, e.g. space.depth.high=4. Repeatable.",
-        ),
-    ] = None,
+    space: Space = "quick",
+    overrides: Overrides = None,
     runs: Annotated[
         str,
         typer.Option("--runs", metavar="DIR", help="Folder, or URL, that holds the runs."),
@@ -72,43 +73,16 @@ def search(
     ] = None,
     data: Data = None,
     subset: Subset = None,
-    trials: Annotated[
-        int | None, typer.Option("--trials", metavar="N", help="Trials in all.")
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option("--epochs", metavar="N", help="Epochs of a full trial.")
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option("--seed", metavar="N", help="Of the sampler and of the training."),
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option("--workers", metavar="N", help="Trials trained at a time.")
-    ] = None,
-    gpus: Annotated[
-        float | None,
-        typer.Option("--gpus", metavar="F", help="GPUs per trial; a fraction shares one."),
-    ] = None,
-    slots: Annotated[
-        int | None,
-        typer.Option(
-            "--slots", metavar="N", help="Trainings side by side on a GPU. Default: calibrated."
-        ),
-    ] = None,
-    time_limit: Annotated[
-        str | None,
-        typer.Option(
-            "--time-limit", metavar="TIME", help="Stop after this time: seconds, or 10m, 1h30m."
-        ),
-    ] = None,
-    deterministic: Annotated[
-        bool,
-        typer.Option(
-            "--deterministic", help="Same seed and machine, same leaderboard; somewhat slower."
-        ),
-    ] = False,
+    trials: Trials = None,
+    epochs: Epochs = None,
+    seed: Seed = None,
+    workers: Workers = None,
+    gpus: Gpus = None,
+    slots: Slots = None,
+    time_limit: TimeLimit = None,
+    deterministic: Deterministic = False,
     warm_start: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
             "--warm-start", metavar="RUN", help="Begin with the best of an earlier run. Repeatable."
         ),
@@ -124,21 +98,18 @@ def search(
     """Search a space of hyperparameters and write the winner's checkpoint."""
     from desisky_tune.search.space import load_spec
 
-    short = {
-        "data.source": data,
-        "data.subset": subset,
-        "search.trials": trials,
-        "training.epochs": epochs,
-        "search.seed": seed,
-        "training.seed": seed,
-        "resources.workers": workers,
-        "resources.gpus_per_trial": gpus,
-        "resources.slots": slots,
-        "search.time_limit": time_limit,
-        "search.deterministic": deterministic or None,
-    }
-    # JSON is YAML: a path or a time arrives as the text that was given.
-    given = [f"{key}={json.dumps(value)}" for key, value in short.items() if value is not None]
+    given = as_overrides(
+        data=data,
+        subset=subset,
+        trials=trials,
+        epochs=epochs,
+        seed=seed,
+        workers=workers,
+        gpus=gpus,
+        slots=slots,
+        time_limit=time_limit,
+        deterministic=deterministic,
+    )
     spec = load_spec(space, [*(overrides or []), *given])
     if warm_start:
         from desisky_tune.search.warm_start import earlier_configurations

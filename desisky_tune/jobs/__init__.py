@@ -14,6 +14,7 @@ _HOME = {
     "Cluster": "client",
     "Job": "client",
     "submit_search": "submit",
+    "resume_job": "submit",
     "fetch_from_cluster": "fetch",
     "fetch_from_storage": "fetch",
 }

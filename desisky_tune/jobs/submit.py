@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 import desisky_tune
 from desisky_tune.data.features import CATALOGUE, SHIPPED, load_features, needs_ray, source_path
 from desisky_tune.data.remote import is_url, refuse_password
-from desisky_tune.errors import InputError
+from desisky_tune.errors import ClusterError, InputError
 from desisky_tune.files import sha256_file
 from desisky_tune.jobs.client import MARK, Cluster
 from desisky_tune.jobs.staging import SPACE_FILE, runtime_environment, working_directory
@@ -88,6 +88,68 @@ def submit_search(
     with working_directory(spec, ship=ship) as folder:
         job = cluster.submit(
             entrypoint(name, runs),
+            runtime_env=runtime_environment(folder, pip=pip),
+            metadata=metadata,
+        )
+    return job, metadata
+
+
+def resume_job(
+    cluster: Cluster,
+    run: str,
+    *,
+    runs: str | None = None,
+    ship: bool = True,
+    pip: bool = False,
+) -> tuple[str, dict[str, str]]:
+    """Submit a job that finishes a run.
+
+    Parameters
+    ----------
+    cluster
+        Where to.
+    run
+        Name of the run, or id of the job that it was submitted as.
+    runs
+        Folder or URL on the cluster that holds the runs. By default that of the job, which the
+        cluster forgets when its head is started anew.
+    ship, pip
+        As for `submit_search`.
+
+    Returns
+    -------
+    id, metadata
+        The job's id, and what the cluster now knows of it.
+
+    Raises
+    ------
+    InputError
+        When `runs` cannot be used on a cluster.
+    ClusterError
+        When the cluster knows no such run and `runs` is not given, when the run's job has not
+        ended, or when the cluster does not take the new one.
+    """
+    before = next((job for job in cluster.jobs() if run in (job.id, job.name)), None)
+    if before is not None and not before.has_ended:
+        raise ClusterError(f"job {before.id} ({before.name}) is {before.status}: let it end first")
+    known: Mapping[str, str] = {} if before is None else before.metadata
+    name = valid_run_name(known.get("name", run))
+    if runs is None and "runs" not in known:
+        raise ClusterError(
+            f"{cluster.address} has no job {run!r}: say with --runs where the run is kept"
+        )
+    place = runs_folder(known["runs"] if runs is None else runs)
+    metadata = {
+        **known,
+        MARK: desisky_tune.__version__,
+        "name": name,
+        "runs": place,
+        "package": SHIPPED_PACKAGE if ship else INSTALLED_PACKAGE,
+    }
+    command = ["python", "-m", "desisky_tune", "resume", f"{place.rstrip('/')}/{name}"]
+    with working_directory(None, ship=ship) as folder:
+        job = cluster.submit(
+            shlex.join([*command, "--address", "auto"]),
             runtime_env=runtime_environment(folder, pip=pip),
             metadata=metadata,
         )

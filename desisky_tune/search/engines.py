@@ -147,7 +147,8 @@ def plan_engines(
         f"Ray has {have[0]:g} CPU and {have[1]:g} GPU"
     )
     if room < 1 and (local or asked.workers is None):
-        raise RunError(f"resources: {needs}")
+        later = "" if local else "; with --workers N the search waits for nodes that are to come"
+        raise RunError(f"resources: {needs}{later}")
     wanted = room if asked.workers is None else asked.workers
     if wanted > room:
         emit(Note(f"{wanted} workers were asked for: {needs}"))
