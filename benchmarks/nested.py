@@ -469,9 +469,9 @@ def optimism_table(
     """What came minus what the selection promised, pooled alike over the outer folds."""
     rows = [
         "Optimism (mag): RMSE on the outer nights minus the RMSE that the selection promised, "
-        "both pooled over the outer folds per band, mean of g r z. A single configuration's promise "
-        "is that of single trainings; what 5 seeds together would have promised is lower, and "
-        "their optimism larger than shown:",
+        "both pooled over the outer folds per band, mean of g r z. A single configuration's "
+        "promise is that of single trainings; what 5 seeds together would have promised is lower, "
+        "and their optimism larger than shown:",
         "",
         "| | promised | came | optimism | over draws |",
         "|---|---|---|---|---|",
