@@ -17,10 +17,12 @@ from desisky_tune.errors import DataError, RunError, SearchInterrupted, StorageE
 from desisky_tune.jobs import fetch_from_storage
 from desisky_tune.search.events import Event, TrialFinished
 from desisky_tune.search.folder import RunFolder
+from desisky_tune.search.hyperparameters import is_documented_default
 from desisky_tune.search.records import record_from_json
 from desisky_tune.search.run import resume_search, run_search
 from desisky_tune.search.space import load_spec
 from desisky_tune.search.storage import RunMirror
+from desisky_tune.search.warm_start import earlier_configurations
 
 SMALL = (
     "search.default_first=false",
@@ -94,6 +96,11 @@ def test_a_search_on_a_url_is_resumed_elsewhere_to_the_same_trials(
     ]
     assert kept[0] == kept[1]
     assert main(["report", f"{url}/run"]) == 2
+    best = str(tmp_path / "best.eqx")
+    assert main(["evaluate", best, "--split-from", f"{url}/run", "--rows", "test"]) == 0
+    ranked = [resumed.records[row["trial"]].configuration for row in board]
+    taken = earlier_configurations(load_spec("quick"), [f"{url}/run"])
+    assert taken == [each for each in ranked if not is_documented_default(each)]
     assert fetch_from_storage(url, "run", tmp_path / "fetched").is_dir()
 
 
