@@ -9,7 +9,9 @@ user's home. Both are settled here, before Ray is imported.
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -108,10 +110,26 @@ def ray_session(
             ray.init(address=address, runtime_env={"env_vars": dict(WORKER_ENVIRONMENT)}, **common)
     except ConnectionError as error:
         raise InputError(f"no Ray cluster answers at {address!r}: {error}") from error
+    except BaseException:
+        cancel_abort()
+        raise
     try:
         yield ray
     finally:
+        cancel_abort()
         ray.shutdown()
+
+
+def cancel_abort() -> None:
+    """Take back what Ray's handler of SIGTERM sets: an alarm that aborts after three seconds.
+
+    While Ray starts, that handler (absl's, of a process's failures) is called before Python's:
+    ours, or the one of Ray that raises SystemExit. What follows, Ray's end above all, may take
+    longer than three seconds.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main and signal.getsignal(signal.SIGALRM) in (signal.SIG_DFL, None):
+        signal.alarm(0)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from desisky_tune.errors import DesiskyTuneError, SearchInterrupted
+from desisky_tune.ray_session import cancel_abort
 
 #: How long trials may take to finish their rungs (s): less than the notice of two minutes that
 #: a spot machine gives, and that ``deploy/slurm.sh`` asks for.
@@ -96,7 +97,7 @@ class StopRequest:
         return SearchInterrupted(self.run_dir, done, total, terminated=self.terminated)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        _cancel_abort()
+        cancel_abort()
         first = self.asked is None
         if first:
             self.asked = number
@@ -104,15 +105,6 @@ class StopRequest:
             self._awaited = set(self._running)
         if not (first and self._waits):
             raise self.interruption()
-
-
-def _cancel_abort() -> None:
-    """Take back what Ray's own handler of SIGTERM sets: an alarm that aborts after three seconds.
-
-    While Ray starts, that handler (absl's, of a process's failures) is called before ours.
-    """
-    if signal.getsignal(signal.SIGALRM) in (signal.SIG_DFL, None):
-        signal.alarm(0)
 
 
 @contextmanager
@@ -145,6 +137,7 @@ def stop_signals() -> Iterator[StopRequest]:
     except SystemExit as end:
         if end.code != signal.SIGTERM:
             raise
+        cancel_abort()
         request.asked = request.asked or signal.SIGTERM
         raise request.interruption() from end
     finally:

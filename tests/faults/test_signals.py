@@ -7,11 +7,13 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from searches import RANDOM, Command, assert_nothing_lost, assert_the_same, search, spec_of
 
 from desisky_tune.errors import INTERRUPTED, RESUME_ME, SearchInterrupted
+from desisky_tune.ray_session import ray_session
 from desisky_tune.search.records import TrialRecord
 from desisky_tune.search.stopping import StopRequest, stop_signals
 
@@ -169,6 +171,40 @@ def test_no_alarm_of_ray_s_cuts_the_end_short() -> None:
     signal.alarm(60)
     with stop_signals(), pytest.raises(SearchInterrupted):
         signal.raise_signal(signal.SIGTERM)
+    assert signal.alarm(0) == 0
+
+
+@pytest.mark.parametrize("when", ["while Ray starts", "while Ray runs", "before Ray"])
+def test_nor_where_ray_s_own_python_handler_ends_the_process(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That one raises SystemExit: whatever ends Ray then has all the time that it takes."""
+    left: list[int] = []
+
+    def terminated(**_: object) -> None:
+        signal.alarm(60)
+        raise SystemExit(signal.SIGTERM)
+
+    def started(**_: object) -> None:
+        """A Ray that starts."""
+
+    ray = SimpleNamespace(
+        init=terminated if when == "while Ray starts" else started,
+        is_initialized=lambda: False,
+        shutdown=lambda: left.append(signal.alarm(0)),
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+
+    def search() -> None:
+        with stop_signals():
+            if when == "before Ray":
+                terminated()
+            with ray_session():
+                terminated()
+
+    with pytest.raises(SearchInterrupted, match="SIGTERM"):
+        search()
+    assert left == ([0] if when == "while Ray runs" else [])
     assert signal.alarm(0) == 0
 
 
