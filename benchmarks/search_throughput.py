@@ -360,7 +360,7 @@ def row(
         f"{epochs / seconds:.1f}",
         f"{seconds / engine['seconds']:.1f}",
         "" if each is None else f"{each['processes'] / each['trials']:.2f}",
-        "" if share is None else f"{100 * share:.0f} %",
+        "" if share is None else f"{100 * share:.1f} %",
     ]
 
 
