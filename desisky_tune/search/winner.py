@@ -21,12 +21,13 @@ is), ``ensemble`` (the best finalists' members, with ``coverage_90`` under ``ens
 
 ``validated_on`` says what ``validation`` means. ``split``: the validation rows, by models
 of the training rows. ``folds``: the training and validation rows, each by models of the
-other folds (by the mean over the seeds, where what was then tested is one); the winner and the
-baselines were then fitted to all of these rows before they met the test rows. There are then also ``final_fit`` (epochs, seed, seeds, rows, and the RMSE on the
-rows that were fitted) and ``finalists``, their board. Where a committee is exported, its
-``validation`` is that of the mean of its finalists' members, and ``final_fit`` has under
-``committee`` how many trainings it is of, the numbers of the finalists, and under ``classical``
-the classical model's share, where it has a voice; epochs and seeds are those of ``alone``.
+other folds (by the mean over the seeds, where what was then tested is one); the winner and
+the baselines were then fitted to all of these rows before they met the test rows. There are
+then also ``final_fit`` (epochs, seed, seeds, rows, and the RMSE on the rows that were fitted)
+and ``finalists``, their board. Where a committee is exported, its ``validation`` is that of
+the mean of its finalists' members, and ``final_fit`` has under ``committee`` how many
+trainings it is of, the numbers of the finalists, and under ``classical`` the classical
+model's share, where it has a voice; epochs and seeds are those of ``alone``.
 ``pretrain`` says what the trials began with, where their weights were not drawn.
 """
 
