@@ -447,6 +447,16 @@ def test_damaged_file_loads_or_is_refused_and_nothing_else(
         assert "\n" not in str(error)  # noqa: PT017  (a flipped weight bit may load)
 
 
+@pytest.mark.parametrize("bits", [0x7FA00000, 0x7FC00000, 0xFF800000], ids=["sNaN", "NaN", "-inf"])
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, bits: int) -> None:
+    header = json.dumps({"schema": 1, "arch": SMALL, "features": list(FEATURES)})
+    body = header.encode() + b"\n" + payload(small_model())
+    path = tmp_path / "damaged.eqx"
+    path.write_bytes(body[:-4] + bits.to_bytes(4, "little"))
+    with pytest.raises(CheckpointError, match="holds NaN or infinite weights"):
+        load_model("broadband", path=path)
+
+
 # --- kinds of models and their published weights --------------------------------------------------
 
 

@@ -78,7 +78,7 @@ def finite(tree: Any) -> str | None:
     for place, leaf in jtu.tree_flatten_with_path(tree)[0]:
         if _stored(leaf):
             values = np.asarray(leaf)
-            if _is_floating(values.dtype) and not np.isfinite(values.astype(np.float64)).all():
+            if not _is_finite(values):
                 return jtu.keystr(place)
     return None
 
@@ -100,7 +100,7 @@ def _read_leaf(stream: BinaryIO, like: Any, where: str, size: int) -> Any:
         raise CheckpointError(f"{where} ends early: the file is truncated")
     raw = stream.read(count * dtype.itemsize)
     values = convert(np.frombuffer(raw, dtype=dtype).reshape(shape, order=order))
-    if _is_floating(values.dtype) and not np.isfinite(values.astype(np.float64)).all():
+    if not _is_finite(values):
         raise CheckpointError(f"{where} holds NaN or infinite weights")
     if isinstance(like, np.ndarray):
         return values
@@ -152,3 +152,12 @@ def _conversion(descr: str, wanted: np.dtype[Any], where: str) -> Callable[[Any]
 
 def _is_floating(dtype: np.dtype[Any]) -> bool:
     return dtype.kind == "f" or dtype == ml_dtypes.bfloat16
+
+
+def _is_finite(values: Any) -> bool:
+    """Whether all numbers are finite, or of a kind that is always so."""
+    if not _is_floating(values.dtype):
+        return True
+    # A signalling NaN, which damage can make, is "invalid" in any operation.
+    with np.errstate(invalid="ignore"):
+        return bool(np.isfinite(values.astype(np.float64)).all())
