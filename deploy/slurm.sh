@@ -16,11 +16,10 @@
 #   sbatch deploy/slurm.sh broadband --data vac --gpus 0.25 --name first
 #
 # The search's lines are in desisky-tune-JOBID.out; its run is in $RUNS (a folder that all nodes
-# see; set it to have another). The exit code of the
-# Slurm job is the search's. Two minutes before the time limit Slurm sends SIGTERM: the trials
-# finish their rungs, and the job goes back to the queue and takes its run up from there, until
-# the search is done (`scancel` ends that; DESISKY_TUNE_REQUEUE=0 does without). To go on with
-# another run:
+# see; set it to have another). The exit code of the Slurm job is the search's. Two minutes before
+# the time limit Slurm sends SIGTERM: the trials finish their rungs, and the job goes back to the
+# queue and takes its run up from there, until the search is done (`scancel` ends that;
+# DESISKY_TUNE_REQUEUE=0 does without). To go on with another run:
 #
 #   DESISKY_TUNE_COMMAND=resume sbatch deploy/slurm.sh "$SCRATCH/desisky-tune/runs/first"
 
@@ -48,6 +47,22 @@ RUNS=${RUNS:-$base/runs}
 export DESISKY_DATA_DIR=${DESISKY_DATA_DIR:-$base/data}
 # Feature tables, the compiled training core, JAX's programs: not in $HOME, which is slow here.
 export XDG_CACHE_HOME=${XDG_CACHE_HOME:-$base/cache}
+
+# The run's name: a job that was requeued finds its run by it.
+name=
+words=("$@")
+kept=() # what a resume takes as well
+for ((i = 0; i < $#; i++)); do
+  case ${words[i]} in
+  --name) name=${words[i + 1]:-} ;;
+  --name=*) name=${words[i]#--name=} ;;
+  --runs | --runs=* | --address | --address=*)
+    echo "${words[i]} is this script's: set RUNS in the environment to have another folder" >&2
+    exit 2
+    ;;
+  --tensorboard | --mlflow | --wandb | --json | --debug) kept+=("${words[i]}") ;;
+  esac
+done
 
 if type module >/dev/null 2>&1; then
   module load python
@@ -139,22 +154,6 @@ while True:
 print(f"{alive} Ray nodes: {ray.cluster_resources().get('CPU', 0):g} CPUs, "
       f"{ray.cluster_resources().get('GPU', 0):g} GPUs")
 PYTHON
-
-# The run's name: a job that was requeued finds its run by it.
-name=
-words=("$@")
-kept=() # what a resume takes as well
-for ((i = 0; i < $#; i++)); do
-  case ${words[i]} in
-  --name) name=${words[i + 1]:-} ;;
-  --name=*) name=${words[i]#--name=} ;;
-  --runs | --runs=* | --address | --address=*)
-    echo "${words[i]} is this script's: set RUNS in the environment to have another folder" >&2
-    exit 2
-    ;;
-  --tensorboard | --mlflow | --wandb | --json | --debug) kept+=("${words[i]}") ;;
-  esac
-done
 
 if [[ ${DESISKY_TUNE_COMMAND:-search} == resume ]]; then
   command=(resume "$@" --address "$ip:$port")

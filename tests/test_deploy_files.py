@@ -207,6 +207,25 @@ def test_a_job_without_a_name_for_its_run_gives_it_one(tmp_path: Path) -> None:
     assert not any("requeue" in c for c in calls)
 
 
+def test_a_slurm_job_that_is_taken_up_again_tells_the_same_tools(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "first"
+    run.mkdir(parents=True)
+    (run / "search.json").write_text("{}")
+    words = ("broadband", "--name", "first", "--wandb", "--trials", "9", "--mlflow")
+    again = {"RUNS": str(run.parent), "SLURM_RESTART_COUNT": "1"}
+    done, calls = run_slurm(tmp_path, *words, **again)
+    assert done.returncode == 0, done.stderr
+    assert any(f"resume {run} --wandb --mlflow --address" in call for call in calls)
+
+
+@pytest.mark.parametrize("word", ["--runs", "--runs=s3://bucket/runs", "--address"])
+def test_what_is_slurms_own_is_refused_before_anything_starts(tmp_path: Path, word: str) -> None:
+    done, calls = run_slurm(tmp_path, "broadband", word, "elsewhere")
+    assert done.returncode == 2
+    assert f"{word} is this script's" in done.stderr
+    assert not any("ray start" in call for call in calls)
+
+
 def test_where_slurm_does_not_requeue_it_is_said(tmp_path: Path) -> None:
     done, _ = run_slurm(tmp_path, "broadband", SEARCH_EXIT="75", REQUEUE_EXIT="1")
     assert done.returncode == os.EX_TEMPFAIL

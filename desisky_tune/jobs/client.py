@@ -114,6 +114,10 @@ class Cluster:
         ours = [job for job in jobs if MARK in job.metadata and job.name]
         return sorted(ours, key=lambda job: job.started or 0.0, reverse=True)
 
+    def known(self, job: str) -> Job | None:
+        """Return what `find` does; None where there is no such search."""
+        return next((each for each in self.jobs() if job in (each.id, each.name)), None)
+
     def find(self, job: str) -> Job:
         """Return a search by its job's id or by the name of its run (the newest of that name).
 
@@ -122,11 +126,10 @@ class Cluster:
         ClusterError
             When there is none.
         """
-        jobs = self.jobs()
-        for each in jobs:
-            if job in (each.id, each.name):
-                return each
-        names = ", ".join(dict.fromkeys(each.name for each in jobs[:10]))
+        found = self.known(job)
+        if found is not None:
+            return found
+        names = ", ".join(dict.fromkeys(each.name for each in self.jobs()[:10]))
         raise ClusterError(
             f"{self.address} has no job {job!r}"
             + (f"; it has {names}" if names else ": no search was submitted there")

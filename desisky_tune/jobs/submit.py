@@ -85,13 +85,7 @@ def submit_search(
         "subset": spec.data.subset,
         **data_fingerprint(spec),
     }
-    with working_directory(spec, ship=ship) as folder:
-        job = cluster.submit(
-            entrypoint(name, runs),
-            runtime_env=runtime_environment(folder, pip=pip),
-            metadata=metadata,
-        )
-    return job, metadata
+    return _start(cluster, entrypoint(name, runs), metadata, spec, ship=ship, pip=pip), metadata
 
 
 def resume_job(
@@ -129,7 +123,7 @@ def resume_job(
         When the cluster knows no such run and `runs` is not given, when the run's job has not
         ended, or when the cluster does not take the new one.
     """
-    before = next((job for job in cluster.jobs() if run in (job.id, job.name)), None)
+    before = cluster.known(run)
     if before is not None and not before.has_ended:
         raise ClusterError(f"job {before.id} ({before.name}) is {before.status}: let it end first")
     known: Mapping[str, str] = {} if before is None else before.metadata
@@ -146,14 +140,24 @@ def resume_job(
         "runs": place,
         "package": SHIPPED_PACKAGE if ship else INSTALLED_PACKAGE,
     }
-    command = ["python", "-m", "desisky_tune", "resume", f"{place.rstrip('/')}/{name}"]
-    with working_directory(None, ship=ship) as folder:
-        job = cluster.submit(
-            shlex.join([*command, "--address", "auto"]),
-            runtime_env=runtime_environment(folder, pip=pip),
-            metadata=metadata,
-        )
-    return job, metadata
+    where = f"{place.rstrip('/')}/{name}"
+    command = ["python", "-m", "desisky_tune", "resume", where, "--address", "auto"]
+    return _start(cluster, shlex.join(command), metadata, ship=ship, pip=pip), metadata
+
+
+def _start(
+    cluster: Cluster,
+    command: str,
+    metadata: Mapping[str, str],
+    spec: SearchSpec | None = None,
+    *,
+    ship: bool,
+    pip: bool,
+) -> str:
+    """Start a job with what it needs; return its id."""
+    with working_directory(spec, ship=ship) as folder:
+        environment = runtime_environment(folder, pip=pip)
+        return cluster.submit(command, runtime_env=environment, metadata=metadata)
 
 
 def default_name(spec: SearchSpec) -> str:

@@ -33,7 +33,7 @@ from desisky_tune.data.remote import is_url
 from desisky_tune.errors import RunError
 from desisky_tune.files import append_line, atomic_open
 from desisky_tune.search.storage import RunMirror, split_run_url
-from desisky_tune.search.trial_files import committee_path, voice_path
+from desisky_tune.search.trial_files import committee_path, final_paths, voice_path
 
 if TYPE_CHECKING:
     from desisky_tune.search.records import TrialRecord
@@ -219,7 +219,7 @@ class RunFolder:
             return
         made = [self.ledger, self.search_json, *self.path.glob("*.parquet"), self.finalists]
         made += [committee_path(self.trials), voice_path(self.trials)]
-        made += self.trials.glob("*-final.eqx")
+        made += final_paths(self.trials)
         made += [*self.path.glob("best/*"), *self.path.glob("ensemble/*")]
         # The evaluation last: where it is, all is.
         self.kept(*(path for path in (*made, self.evaluation) if path.is_file()))

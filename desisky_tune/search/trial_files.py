@@ -114,6 +114,11 @@ def final_path(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}-final.eqx"
 
 
+def final_paths(folder: Path) -> list[Path]:
+    """Return the files of `final_path` that there are."""
+    return sorted(folder.glob("*-final.eqx"))
+
+
 def committee_path(folder: Path) -> Path:
     """Where the mean of the finalists' committee lies."""
     return folder / "committee.eqx"
