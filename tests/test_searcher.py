@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import random
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import optuna
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ray import cloudpickle
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter, Searcher
@@ -174,15 +178,76 @@ def test_a_report_of_nan_is_kept_from_the_study(search: StudySearch) -> None:
 def test_it_pickles_and_goes_on(tmp_path: Path, search: StudySearch) -> None:
     """Ray pickles a searcher at the start, and saves it from time to time."""
     first = search.suggest("a")
-    copied = cloudpickle.loads(cloudpickle.dumps(search))
+    pickled = cloudpickle.dumps(search)
     search.save(str(tmp_path / "saved.pkl"))
     search.on_trial_complete("a", a_report(27, 0.5))
-    assert states(copied) == ["COMPLETE"]
+    search.close()
+    assert states(cloudpickle.loads(pickled)) == ["COMPLETE"]
 
     restored = StudySearch(search.spec, search.path)
     restored.restore(str(tmp_path / "saved.pkl"))
     assert restored.suggest("b")["trial"] == first["trial"] + 1
     pickle.loads(pickle.dumps(search.spec))
+
+
+STEPS = st.sampled_from(["suggest", "suggest", "report", "report", "end", "fail", "write"])
+
+
+@given(steps=st.lists(STEPS, max_size=30), seed=st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_the_file_is_the_study_in_memory_whenever_it_is_written(
+    steps: list[str], seed: int
+) -> None:
+    """Trials that end, fail, report and begin in any order, written now and then."""
+    draw = random.Random(seed)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "study.db"
+        search = StudySearch(a_spec(), path)
+        running: dict[str, int] = {}
+        for place, step in enumerate(steps):
+            if step == "suggest" and search.suggest(str(place)) != Searcher.FINISHED:
+                running[str(place)] = 0
+            elif step == "write":
+                search._store.flush()
+                assert as_told(stored(path, search.spec)) == as_told(search.study)
+            elif running:
+                trial = draw.choice(sorted(running))
+                running[trial] += 3
+                report = a_report(min(running[trial], 27), draw.random())
+                if step == "report":
+                    search.on_trial_result(trial, report)
+                else:
+                    search.on_trial_complete(trial, report, error=step == "fail")
+                    del running[trial]
+        search.close()
+        assert as_told(stored(path, search.spec)) == as_told(search.study)
+
+
+def stored(path: Path, spec: SearchSpec) -> optuna.Study:
+    return optuna.load_study(study_name=spec.name, storage=open_storage(path))
+
+
+def as_told(study: optuna.Study) -> list[tuple[Any, ...]]:
+    """What a study says of its trials, but the moments at which it was told."""
+    return [
+        (
+            trial.number,
+            trial.state,
+            trial.values,
+            trial.params,
+            trial.distributions,
+            trial.intermediate_values,
+            trial.user_attrs,
+        )
+        for trial in study.get_trials()
+    ]
+
+
+def test_who_else_writes_to_the_file_is_noticed(tmp_path: Path, search: StudySearch) -> None:
+    search.suggest("a")
+    stored(tmp_path / "study.db", search.spec).add_trial(optuna.create_trial(value=1.0))
+    with pytest.raises(RunError, match="something else is writing to this study"):
+        search.on_trial_complete("a", a_report(27, 0.5))
 
 
 def test_it_works_behind_rays_limiter(search: StudySearch) -> None:

@@ -179,7 +179,12 @@ def resume_search(
         ended = "result" in run.folder.read_search()
         records = Ledger(run.folder.ledger).records()
         figures: list[SessionFigures] = []
-        if not ended and _unfinished(run, records):
+        if not ended and not _unfinished(run, records):
+            from desisky_tune.search.stages import SearchStage
+
+            # Killed after its last trial had a record: the study may lack it.
+            SearchStage(run).conclude(records)
+        elif not ended:
             with ray_session(address=address, dashboard=dashboard) as ray:
                 stop.listen()
                 figures = _search(run, ray, emit, stop, local=address is None)

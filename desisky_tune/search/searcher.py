@@ -9,27 +9,24 @@ from __future__ import annotations
 
 import math
 import pickle
-import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
-from sqlalchemy import URL
-from sqlalchemy.exc import DatabaseError
 
-from desisky_tune.errors import RunError, StorageError
+from desisky_tune.errors import RunError
 from desisky_tune.files import atomic_path
 from desisky_tune.search.drafts import draw_within
 from desisky_tune.search.records import TrialRecord, finish, nested
 from desisky_tune.search.samplers import make_sampler
 from desisky_tune.search.schedulers import METRIC, MODE, TIME
 from desisky_tune.search.space import SearchSpec
+from desisky_tune.search.study_storage import StudyStorage, close_storage, open_storage
 
 Pending = Sequence[tuple[int, Mapping[str, Any]]]
 
@@ -62,7 +59,7 @@ class StudySearch(OptunaSearch):
         self._waiting: list[tuple[int, dict[str, Any]]] = []
         self._gaps: list[int] | None = None
         self._end = 0
-        self._store = open_storage(self.path)
+        self._store = StudyStorage(self.path)
         super().__init__(
             space=spec.suggest,
             metric=METRIC if len(spec.search.objectives) == 1 else [*spec.search.objectives],
@@ -195,8 +192,8 @@ class StudySearch(OptunaSearch):
             self.__dict__.update(pickle.load(stream))
 
     def close(self) -> None:
-        """Let go of the study's file."""
-        close_storage(self._store)
+        """Write the study's file, and let go of it."""
+        self._store.close()
 
     def _next_number(self) -> int:
         """The number of the next new trial: a gap that was left in the study, or its end.
@@ -264,44 +261,6 @@ class StudySearch(OptunaSearch):
             found = self._store.get_trial_id_from_study_id_trial_number(study, number)
             self._ids[number] = int(found)
         return self._ids[number]
-
-
-class _UnsyncedConnection(sqlite3.Connection):
-    """Leaves the flushing of each commit to the system.
-
-    A suggestion takes a dozen commits, and the file can always be written anew from the
-    ledger, which does wait for the disk.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.execute("PRAGMA synchronous = OFF")
-
-
-def open_storage(path: str | Path) -> RDBStorage:
-    """Open a study's file; it is made when missing.
-
-    Raises
-    ------
-    StorageError
-        When it cannot be opened, or is no study.
-    """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    url = URL.create("sqlite", database=str(Path(path).absolute()))
-    try:
-        return RDBStorage(
-            url.render_as_string(hide_password=False),
-            engine_kwargs={"connect_args": {"factory": _UnsyncedConnection}},
-        )
-    except (DatabaseError, RuntimeError) as error:
-        cause = getattr(error, "orig", None) or error
-        raise StorageError(f"cannot open the study {path}: {cause}") from error
-
-
-def close_storage(storage: RDBStorage) -> None:
-    """Close the connections to a study's file."""
-    storage.remove_session()
-    storage.engine.dispose()
 
 
 def rebuild_study(path: str | Path, spec: SearchSpec, records: Iterable[TrialRecord]) -> None:

@@ -115,6 +115,11 @@ def run_stage(
     restarts = Restarts(folder, emit, stop, outages)
     first = True
     while True:
+        records = Ledger(stage.ledger).records()
+        if not remaining_trials(trials, records):
+            # The driver was killed, or storage failed, just before the end.
+            stage.conclude(records)
+            return told
         try:
             recorder, figures = _run_session(
                 run, stage, ray, emit, deaths, deadline, stop, outages, local=local, first=first
