@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.origin import SearchRun, write_run
 from desisky_tune.search.records import Ledger
 from desisky_tune.search.run import SearchResult, resume_search, run_search
-from desisky_tune.search.searcher import StudySearch
+from desisky_tune.search.searcher import StudySearch, rebuild_study
 from desisky_tune.search.space import load_spec
 
 #: One trial at a time where nothing asks for more: each process takes a second to start.
@@ -166,6 +167,24 @@ def test_a_finished_run_resumes_to_itself(result: SearchResult) -> None:
     assert (result.run_dir / "ledger.jsonl").read_bytes() == before
     assert again.evaluation == result.evaluation
     assert again.winner == result.winner
+
+
+def test_a_driver_killed_after_its_last_trial_leaves_no_study_behind_the_ledger(
+    result: SearchResult, tmp_path: Path
+) -> None:
+    """The study's file is written behind the search; a kill may find it a trial short."""
+    copy = tmp_path / "small"
+    shutil.copytree(result.run_dir, copy)
+    folder = RunFolder(copy)
+    rebuild_study(folder.study, small(), result.records[:3])
+    content = folder.read_search()
+    folder.write_search({k: v for k, v in content.items() if k not in ("schema", "result")})
+    folder.evaluation.unlink()
+    resumed = resume_search(copy)
+    assert resumed.records == result.records
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{folder.study}")
+    assert [trial.number for trial in study.trials] == [0, 1, 2, 3, 4]
+    assert [trial.value for trial in study.trials] == [each.objective for each in result.records]
 
 
 def test_a_taken_name_is_refused(result: SearchResult, ray_instance: Any) -> None:
