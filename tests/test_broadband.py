@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from desisky_tune.data.columns import FEATURES
 from desisky_tune.errors import CheckpointError
 from desisky_tune.models import make_broadbandMLP, permute_inputs
+from desisky_tune.models.broadband import mlp_of_layers
 
 INPUTS = np.linspace(-1.0, 1.0, 6, dtype=np.float32)
 
@@ -62,3 +64,25 @@ def test_refuses_names_that_are_not_the_same(
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         permute_inputs(model, names, FEATURES)
+
+
+@given(
+    inputs=st.integers(1, 9),
+    outputs=st.integers(1, 5),
+    width=st.integers(1, 40),
+    depth=st.integers(0, 4),
+)
+@settings(max_examples=30, deadline=None)
+def test_an_mlp_of_given_layers_is_the_one_that_equinox_makes(
+    inputs: int, outputs: int, width: int, depth: int
+) -> None:
+    """Leaf for leaf and field for field: nothing that looks at a model can tell them apart."""
+    width = width if depth else outputs
+    model = make_broadbandMLP(in_size=inputs, out_size=outputs, width_size=width, depth=depth)
+    for convert in (np.asarray, jnp.asarray):
+        made = mlp_of_layers([(convert(each.weight), convert(each.bias)) for each in model.layers])
+        assert jax.tree.structure(made) == jax.tree.structure(model)
+        assert eqx.tree_equal(made, model, typematch=True)
+        row = jnp.linspace(-1, 1, inputs)
+        np.testing.assert_array_equal(made(row), model(row))
+        np.testing.assert_array_equal(eqx.filter_jit(made)(row), eqx.filter_jit(model)(row))

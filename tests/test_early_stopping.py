@@ -26,10 +26,10 @@ from desisky_tune.search.local import LocalBackend, checkpoint_path, member_path
 from desisky_tune.search.pooling import MemberCurve, pool, pooled_progress
 from desisky_tune.search.records import finish
 from desisky_tune.search.schedulers import RungScheduler
-from desisky_tune.search.searcher import close_storage, open_storage
 from desisky_tune.search.sections import TrainingSpec
 from desisky_tune.search.slot_backend import SlotBackend
 from desisky_tune.search.space import resolved_dict, spec_from_dict
+from desisky_tune.search.study_storage import close_storage, open_storage
 from desisky_tune.search.tables import trials_table
 from desisky_tune.search.trial import SearchTrial, TrialPlan
 from desisky_tune.training.scaling import Scaling

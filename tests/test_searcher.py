@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 import random
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,10 +21,12 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from desisky_tune.errors import RunError, StorageError
+from desisky_tune.search import study_storage
 from desisky_tune.search.records import TrialRecord, finish
 from desisky_tune.search.schedulers import FullScheduler, RungScheduler, make_scheduler
-from desisky_tune.search.searcher import StudySearch, open_storage, rebuild_study
+from desisky_tune.search.searcher import StudySearch, rebuild_study
 from desisky_tune.search.space import SearchSpec, default_configuration, spec_from_dict
+from desisky_tune.search.study_storage import StudyStorage, open_storage
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
 
@@ -228,7 +231,7 @@ def stored(path: Path, spec: SearchSpec) -> optuna.Study:
 
 
 def as_told(study: optuna.Study) -> list[tuple[Any, ...]]:
-    """What a study says of its trials, but the moments at which it was told."""
+    """What a study says of its trials."""
     return [
         (
             trial.number,
@@ -238,6 +241,9 @@ def as_told(study: optuna.Study) -> list[tuple[Any, ...]]:
             trial.distributions,
             trial.intermediate_values,
             trial.user_attrs,
+            trial.system_attrs,
+            trial.datetime_start,
+            trial.datetime_complete,
         )
         for trial in study.get_trials()
     ]
@@ -246,8 +252,49 @@ def as_told(study: optuna.Study) -> list[tuple[Any, ...]]:
 def test_who_else_writes_to_the_file_is_noticed(tmp_path: Path, search: StudySearch) -> None:
     search.suggest("a")
     stored(tmp_path / "study.db", search.spec).add_trial(optuna.create_trial(value=1.0))
+    search.on_trial_complete("a", a_report(27, 0.5))
     with pytest.raises(RunError, match="something else is writing to this study"):
-        search.on_trial_complete("a", a_report(27, 0.5))
+        search.close()
+
+
+def test_what_optuna_can_say_of_a_trial_is_read_back_from_the_file(tmp_path: Path) -> None:
+    """Infinities, a NaN, attributes of both kinds, and the times to the microsecond."""
+    storage = StudyStorage(tmp_path / "study.db")
+    study = optuna.create_study(study_name="any", storage=storage, directions=["minimize"] * 2)
+    study.add_trial(
+        optuna.create_trial(
+            state=optuna.trial.TrialState.COMPLETE,
+            values=[math.inf, -math.inf],
+            params={"kind": "huber", "width": 32, "rate": 1e-3},
+            distributions={
+                "kind": optuna.distributions.CategoricalDistribution(["huber", "l2"]),
+                "width": optuna.distributions.IntDistribution(16, 64, log=True),
+                "rate": optuna.distributions.FloatDistribution(1e-5, 1e-2, log=True),
+            },
+            intermediate_values={1: math.nan, 3: math.inf, 9: -math.inf, 27: 0.5},
+            user_attrs={"folds": [1, 2], "note": None},
+            system_attrs={"fixed_params": {"width": 32}},
+        )
+    )
+    study.add_trial(optuna.create_trial(state=optuna.trial.TrialState.WAITING))
+    study.ask()
+    storage.close()
+    for reader in (open_storage, StudyStorage):
+        read = optuna.load_study(study_name="any", storage=reader(storage.path))
+        assert repr(as_told(read)) == repr(as_told(study))  # by repr: a NaN is not itself
+
+
+def test_the_file_follows_the_study_while_it_runs(
+    tmp_path: Path, search: StudySearch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.monotonic()
+    search.suggest("a")
+    monkeypatch.setattr(study_storage.time, "monotonic", lambda: now + 0.9 * study_storage.PERIOD)
+    search.keep()
+    assert not stored(search.path, search.spec).trials
+    monkeypatch.setattr(study_storage.time, "monotonic", lambda: now + 1.1 * study_storage.PERIOD)
+    search.keep()
+    assert as_told(stored(search.path, search.spec)) == as_told(search.study)
 
 
 def test_it_works_behind_rays_limiter(search: StudySearch) -> None:

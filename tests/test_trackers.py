@@ -19,8 +19,8 @@ from desisky_tune.errors import InputError
 from desisky_tune.search import trackers
 from desisky_tune.search.events import Event, Note, SearchStarted, TrialFinished
 from desisky_tune.search.records import TrialRecord
-from desisky_tune.search.searcher import close_storage
 from desisky_tune.search.space import spec_from_dict
+from desisky_tune.search.study_storage import close_storage
 from desisky_tune.search.trackers import tracking
 
 

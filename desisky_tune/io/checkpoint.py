@@ -16,7 +16,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from desisky_tune.data.columns import BANDS
 from desisky_tune.errors import CheckpointError
@@ -156,23 +156,6 @@ def load_layers(
             for inputs, units in pairwise(sizes)
         ]
         return read_leaves(stream, like, source), meta
-
-
-def model_of_layers(layers: Sequence[tuple[ArrayLike, ArrayLike]]) -> eqx.nn.MLP:
-    """Return the broadband model of weights ``(out, in)`` and biases ``(out,)`` as they are."""
-    shapes = [np.shape(weight) for weight, _ in layers]
-    skeleton = eqx.filter_eval_shape(
-        make_broadbandMLP,
-        in_size=shapes[0][1],
-        out_size=shapes[-1][0],
-        width_size=shapes[0][0],
-        depth=len(layers) - 1,
-    )
-    return eqx.tree_at(
-        lambda model: [leaf for layer in model.layers for leaf in (layer.weight, layer.bias)],
-        skeleton,
-        [part for layer in layers for part in layer],
-    )
 
 
 def checkpoint_meta(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from desisky_tune.errors import CheckpointError
 from desisky_tune.models.raw_space import is_raw_space, mark_raw_space
@@ -47,6 +50,63 @@ def make_broadbandMLP(  # noqa: N802  (the reference package's name)
     return eqx.nn.MLP(
         in_size=in_size, out_size=out_size, width_size=width_size, depth=depth, key=key
     )
+
+
+def mlp_of_layers(layers: Sequence[tuple[Any, Any]]) -> eqx.nn.MLP:
+    """Build the broadband model of given weights.
+
+    Nothing is drawn, traced or compiled: Equinox's constructor takes a hundredth of a second for
+    each new shape, even where the weights that it draws are not wanted.
+
+    Parameters
+    ----------
+    layers
+        Weight ``(out, in)`` and bias ``(out,)`` by layer: JAX arrays, or what stands for them
+        (`jax.ShapeDtypeStruct`). They are taken as they are; NumPy arrays are put on the device.
+
+    Returns
+    -------
+    equinox.nn.MLP
+        As from `make_broadbandMLP`; the width of one without a hidden layer is its outputs.
+    """
+    plain = _smallest_mlp()
+    linears = tuple(
+        _replaced(
+            plain.layers[0],
+            weight=_on_device(weight),
+            bias=_on_device(bias),
+            in_features=weight.shape[1],
+            out_features=weight.shape[0],
+        )
+        for weight, bias in layers
+    )
+    return _replaced(
+        plain,
+        layers=linears,
+        in_size=linears[0].in_features,
+        out_size=linears[-1].out_features,
+        width_size=linears[0].out_features,
+        depth=len(linears) - 1,
+    )
+
+
+@lru_cache(maxsize=1)
+def _smallest_mlp() -> eqx.nn.MLP:
+    return eqx.filter_eval_shape(make_broadbandMLP, in_size=1, out_size=1, width_size=1, depth=1)
+
+
+def _replaced(module: Any, **fields: Any) -> Any:
+    """Return a module with other values in some fields, as Equinox itself rebuilds one."""
+    rebuilt = object.__new__(type(module))
+    for field in dataclasses.fields(module):
+        value = fields[field.name] if field.name in fields else getattr(module, field.name)
+        object.__setattr__(rebuilt, field.name, value)
+    return rebuilt
+
+
+def _on_device(array: Any) -> Any:
+    # `jnp.asarray` would compile a program for each new shape.
+    return jax.device_put(array) if isinstance(array, np.ndarray) else array
 
 
 def permute_inputs(

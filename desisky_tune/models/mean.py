@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
+
+from desisky_tune.models.broadband import mlp_of_layers
 
 
 def mean_model(models: Sequence[eqx.nn.MLP], weights: Sequence[float] | None = None) -> eqx.nn.MLP:
@@ -67,15 +67,7 @@ def mean_model(models: Sequence[eqx.nn.MLP], weights: Sequence[float] | None = N
             np.sum([b * s for (_, b), s in last], axis=0),
         )
     )
-    (inputs, outputs), width = ends.pop(), len(merged[0][1])
-    shape = eqx.filter_eval_shape(
-        eqx.nn.MLP, inputs, outputs, width, depth, key=jax.random.PRNGKey(0)
-    )
-    return eqx.tree_at(
-        lambda tree: [part for layer in tree.layers for part in (layer.weight, layer.bias)],
-        shape,
-        [jnp.asarray(part, jnp.float32) for pair in merged for part in pair],
-    )
+    return mlp_of_layers([(w.astype(np.float32), b.astype(np.float32)) for w, b in merged])
 
 
 def _arrays(model: eqx.nn.MLP) -> list[tuple[NDArray[Any], NDArray[Any]]]:

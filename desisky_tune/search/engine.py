@@ -115,6 +115,7 @@ def make_backend(
             pretraining=work.pretraining,
             storage=storage,
         )
+    # Now, while the trials' processes start: not when the first of them asks.
     from desisky_tune.search.local import LocalBackend
 
     return LocalBackend(

@@ -233,6 +233,10 @@ class OrderedSearch(Searcher):
     def restore(self, checkpoint_path: str) -> None:
         """See `save`."""
 
+    def keep(self) -> None:
+        """Write the study's file, where it is behind the study for long."""
+        self._searcher.keep()
+
     def close(self) -> None:
         """Let go of the study's file."""
         self._searcher.close()

@@ -94,11 +94,11 @@ class Prepared:
                 self.simulated.to_parquet(temporary)
         else:
             from desisky_tune.io import checkpoint_meta, save
-            from desisky_tune.io.checkpoint import model_of_layers
+            from desisky_tune.models.broadband import mlp_of_layers
 
             assert self.given is not None
             path = folder.pretrained / GIVEN
-            model = model_of_layers(self.given.layers)
+            model = mlp_of_layers(self.given.layers)
             save(path, model, checkpoint_meta(model, features=features, pretrain=self.note))
         folder.kept(path)
 

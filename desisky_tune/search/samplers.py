@@ -41,8 +41,6 @@ def make_sampler(spec: SearchSpec, number: int, attempt: int = 0) -> BaseSampler
         Suggestions for this trial that broke a constraint so far. After `OWN_ATTEMPTS` of
         them chance decides (at once with qmc, whose sequence has one point per trial).
     """
-    from desisky_tune.search.unit_cube import CmaSampler, GpSampler, SobolSampler
-
     seed = trial_seed(spec.search.seed, number, attempt)
     startup = spec.search.startup_trials
     if attempt >= (1 if spec.search.sampler == "qmc" else OWN_ATTEMPTS):
@@ -52,6 +50,10 @@ def make_sampler(spec: SearchSpec, number: int, attempt: int = 0) -> BaseSampler
             return RandomSampler(seed=seed)
         case "tpe":
             return SpaceTPESampler(spec.unconditional(), seed=seed, startup=startup)
+    # These need scipy's distributions, which take a while to import.
+    from desisky_tune.search.unit_cube import CmaSampler, GpSampler, SobolSampler
+
+    match spec.search.sampler:
         case "qmc":
             return SobolSampler(spec, number, sequence=spec.search.seed)
         case "cmaes":

@@ -26,7 +26,7 @@ from desisky_tune.search.records import TrialRecord, finish, nested
 from desisky_tune.search.samplers import make_sampler
 from desisky_tune.search.schedulers import METRIC, MODE, TIME
 from desisky_tune.search.space import SearchSpec
-from desisky_tune.search.study_storage import StudyStorage, close_storage, open_storage
+from desisky_tune.search.study_storage import StudyStorage
 
 Pending = Sequence[tuple[int, Mapping[str, Any]]]
 
@@ -191,6 +191,10 @@ class StudySearch(OptunaSearch):
         with open(checkpoint_path, "rb") as stream:
             self.__dict__.update(pickle.load(stream))
 
+    def keep(self) -> None:
+        """Write the study's file, where it is behind the study for long."""
+        self._store.keep()
+
     def close(self) -> None:
         """Write the study's file, and let go of it."""
         self._store.close()
@@ -281,7 +285,7 @@ def rebuild_study(path: str | Path, spec: SearchSpec, records: Iterable[TrialRec
     """
     by_number = {record.number: record for record in records}
     with atomic_path(path) as temporary:
-        storage = open_storage(temporary)
+        storage = StudyStorage(temporary)
         try:
             study = optuna.create_study(
                 storage=storage,
@@ -295,7 +299,7 @@ def rebuild_study(path: str | Path, spec: SearchSpec, records: Iterable[TrialRec
                 for number in range(max(by_number, default=-1) + 1)
             )
         finally:
-            close_storage(storage)
+            storage.close()
 
 
 def _frozen(spec: SearchSpec, record: TrialRecord) -> FrozenTrial:

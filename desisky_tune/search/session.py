@@ -290,13 +290,28 @@ def _tuner(
             name=f"{stage.sessions}-{len(list(folder.tune.glob(f'{stage.sessions}-*'))) + 1}",
             storage_path=str(folder.tune),
             # In this order: a trial has its record before its engine lets go of it.
-            callbacks=[recorder, watch],
+            callbacks=[recorder, watch, _Keeping(searcher)],
             stop=GiveUp(recorder),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=spec.search.max_failures),
             checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
         ),
     )
+
+
+class _Keeping(tune.Callback):
+    """Has the study's file follow the study, at each step of Ray Tune."""
+
+    def __init__(self, searcher: Any) -> None:
+        self._searcher = searcher
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return nothing of the searcher: Ray Tune pickles its callbacks to disk."""
+        return {"_searcher": None}
+
+    def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
+        """Write what is due."""
+        self._searcher.keep()
 
 
 def _dashboard_url(ray: Any) -> str | None:

@@ -194,5 +194,8 @@ class GivenSearch(Searcher):
     def restore(self, checkpoint_path: str) -> None:
         """See `save`."""
 
+    def keep(self) -> None:
+        """There is no study of the finalists."""
+
     def close(self) -> None:
         """Nothing is held open."""

@@ -14,7 +14,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -224,7 +223,10 @@ def _with_ends(model: eqx.nn.MLP, layers: list[tuple[Vector, Vector]]) -> eqx.nn
     ends = {0, len(layers) - 1}
     with np.errstate(over="ignore"):
         arrays: list[tuple[Any, Any]] = [
-            (jnp.asarray(weight.astype(np.float32)), jnp.asarray(bias.astype(np.float32)))
+            (
+                jax.device_put(weight.astype(np.float32)),
+                jax.device_put(bias.astype(np.float32)),
+            )
             if index in ends
             else (model.layers[index].weight, model.layers[index].bias)
             for index, (weight, bias) in enumerate(layers)

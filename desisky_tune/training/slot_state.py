@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from desisky_tune.models.broadband import mlp_of_layers
 from desisky_tune.training.arrays import TrainState
 from desisky_tune.training.lean import Packed
 from desisky_tune.training.steps import AdamState
@@ -93,21 +94,13 @@ def at_width(state: TrainState, in_size: int, out_size: int, width: int) -> Trai
 def model_of(parameters: Packed, in_size: int, out_size: int, width: int) -> eqx.nn.MLP:
     """Return the MLP of these weights, at their own width."""
     depth = len(parameters.hidden) + 1
-    skeleton = eqx.filter_eval_shape(
-        eqx.nn.MLP, in_size, out_size, width, depth, key=jax.random.PRNGKey(0)
-    )
     first, last, biases, last_bias = _ends(
         np.asarray(parameters.rest), in_size + 1, out_size, width, depth - 1
     )
-    arrays = [first[:-1].T, first[-1]]
-    for weight, bias in zip(parameters.hidden, biases, strict=True):
-        arrays += [np.asarray(weight).T, bias]
-    arrays += [last, last_bias]
-    return eqx.tree_at(
-        lambda model: [leaf for layer in model.layers for leaf in (layer.weight, layer.bias)],
-        skeleton,
-        [jax.numpy.asarray(array) for array in arrays],
-    )
+    between = [
+        (np.asarray(weight).T, bias) for weight, bias in zip(parameters.hidden, biases, strict=True)
+    ]
+    return mlp_of_layers([(first[:-1].T, first[-1]), *between, (last, last_bias)])
 
 
 def _packed_at(tree: Packed, first: int, out: int, width: int) -> Packed:

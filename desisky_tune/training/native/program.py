@@ -13,12 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
 from desisky_tune.errors import InputError
+from desisky_tune.models.broadband import mlp_of_layers
 from desisky_tune.training.arrays import Curve, TrainingArrays, TrainState, curve_of
 from desisky_tune.training.hyperparameters import Hyperparameters, steps_per_epoch
 from desisky_tune.training.names import LOSSES, SELECTIONS
@@ -223,12 +222,4 @@ class NativeProgram:
         return layers
 
     def _model(self, packed: Any) -> eqx.nn.MLP:
-        in_size, out_size, width, depth = self._shape
-        skeleton = eqx.filter_eval_shape(
-            eqx.nn.MLP, in_size, out_size, width, depth, key=jax.random.PRNGKey(0)
-        )
-        return eqx.tree_at(
-            lambda model: [leaf for layer in model.layers for leaf in (layer.weight, layer.bias)],
-            skeleton,
-            [jnp.asarray(part) for layer in unpack(packed, self._sizes) for part in layer],
-        )
+        return mlp_of_layers(unpack(packed, self._sizes))
