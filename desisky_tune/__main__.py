@@ -1,8 +1,6 @@
 """``python -m desisky_tune`` is the command `desisky-tune`."""
 
-import sys
-
-from desisky_tune.cli import main
+from desisky_tune.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

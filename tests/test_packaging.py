@@ -105,7 +105,7 @@ def test_a_wheel_serves_its_spaces_and_its_data_from_anywhere(
 
 def test_a_wheel_has_the_command_and_the_licence(wheel: zipfile.ZipFile) -> None:
     (entry_points,) = [n for n in wheel.namelist() if n.endswith("entry_points.txt")]
-    assert "desisky-tune = desisky_tune.cli:main" in wheel.read(entry_points).decode()
+    assert "desisky-tune = desisky_tune.cli:program" in wheel.read(entry_points).decode()
     assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
 
 

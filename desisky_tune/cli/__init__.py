@@ -6,6 +6,6 @@ pandas are imported inside the commands that need them, so that ``--help`` is qu
 
 from __future__ import annotations
 
-from desisky_tune.cli.entry import main
+from desisky_tune.cli.entry import main, program
 
-__all__ = ["main"]
+__all__ = ["main", "program"]

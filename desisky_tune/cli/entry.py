@@ -18,13 +18,14 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from contextlib import suppress
+from typing import Any, NoReturn
 
 import typer
 
 from desisky_tune.cli.app import app
 from desisky_tune.cli.console import one_line, say
-from desisky_tune.errors import INTERRUPTED, DesiskyTuneError
+from desisky_tune.errors import INTERRUPTED, RESUME_ME, DesiskyTuneError
 
 PROGRAM = "desisky-tune"
 DEBUG_VARIABLE = "DESISKY_TUNE_DEBUG"
@@ -64,6 +65,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         say(f"{PROGRAM}: error: {_message(error, state['debug'])}")
         return _exit_code(error)
+
+
+def program() -> NoReturn:
+    """Run the command of the process, and end the process with its exit code.
+
+    One that was stopped from outside ends without Python's own end: where a signal cut off the
+    start of Ray, what Ray would do then can crash, and the exit code would be another. Ray's
+    processes end with their driver, as they do where it is killed.
+    """
+    code = main()
+    if code in (INTERRUPTED, RESUME_ME):
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run(argv: list[str], state: dict[str, Any]) -> int:

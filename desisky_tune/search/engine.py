@@ -8,6 +8,7 @@ the next, and the device never waits for a process to start.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -115,7 +116,9 @@ def make_backend(
             pretraining=work.pretraining,
             storage=storage,
         )
-    # Now, while the trials' processes start: not when the first of them asks.
+    # JAX now, while the trials' processes start: not when the first of them asks.
+    importlib.import_module("desisky_tune.training.program")
+
     from desisky_tune.search.local import LocalBackend
 
     return LocalBackend(

@@ -44,6 +44,7 @@ from desisky_tune.search.records import (
 from desisky_tune.search.space import SearchSpec, default_configuration, load_spec
 from desisky_tune.search.stopping import StopRequest, stop_signals
 from desisky_tune.search.winner import crown, crown_finalist
+from desisky_tune.training.native import make_ready
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -128,6 +129,7 @@ def run_search(
         spec = load_spec(spec)
     emit = on_event or _ignore
     started = time.time()
+    make_ready()
     _require_feasible(spec)
     with stop_signals() as stop:
         # A table needs no Ray, so that its faults are told before one is started.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -206,6 +207,37 @@ def test_nor_where_ray_s_own_python_handler_ends_the_process(
         search()
     assert left == ([0] if when == "while Ray runs" else [])
     assert signal.alarm(0) == 0
+
+
+CUT_OFF = """
+import atexit, os, signal, sys, types
+
+def init(**settings):
+    atexit.register(os.kill, os.getpid(), signal.SIGSEGV)
+    raise SystemExit(signal.SIGTERM)
+
+sys.modules["ray"] = types.SimpleNamespace(init=init, is_initialized=lambda: False)
+
+from desisky_tune.cli import entry
+from desisky_tune.ray_session import ray_session
+from desisky_tune.search.stopping import stop_signals
+
+@entry.app.command()
+def begin() -> None:
+    print("begun")
+    with stop_signals(), ray_session():
+        pass
+
+sys.argv = ["desisky-tune", "begin"]
+entry.program()
+"""
+
+
+def test_a_start_of_ray_that_was_cut_off_does_not_change_the_exit_code() -> None:
+    """Python's end would run Ray's own, which can crash then."""
+    done = subprocess.run([sys.executable, "-c", CUT_OFF], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (os.EX_TEMPFAIL, "begun\n")
+    assert done.stderr == "desisky-tune: stopped by SIGTERM; nothing had begun\n"
 
 
 def test_an_alarm_that_somebody_else_handles_is_left_alone() -> None:

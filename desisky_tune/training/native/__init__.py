@@ -6,6 +6,6 @@ draws initial weights, `program` has the face of `desisky_tune.training.program.
 
 from __future__ import annotations
 
-from desisky_tune.training.native.library import library, missing_because
+from desisky_tune.training.native.library import library, make_ready, missing_because
 
-__all__ = ["library", "missing_because"]
+__all__ = ["library", "make_ready", "missing_because"]

@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import subprocess
+import threading
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -33,13 +34,26 @@ class NoLibraryError(Exception):
     """The native core cannot be had here; the message says why."""
 
 
-@lru_cache(maxsize=1)
+_ONE_AT_A_TIME = threading.Lock()
+
+
 def library() -> ctypes.CDLL | None:
     """Return the compiled core, or None where it cannot be had."""
+    with _ONE_AT_A_TIME:
+        return _library()
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL | None:
     try:
         return _load()
     except NoLibraryError:
         return None
+
+
+def make_ready() -> None:
+    """Compile the core, where it has to be, beside what the caller does next."""
+    threading.Thread(target=library, name="native core").start()
 
 
 def missing_because() -> str | None:
