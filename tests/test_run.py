@@ -18,7 +18,8 @@ from desisky_tune.data.columns import BANDS, FEATURES, TARGETS
 from desisky_tune.data.features import load_features
 from desisky_tune.data.splits import make_split
 from desisky_tune.errors import InputError, RunError, SearchError
-from desisky_tune.search.events import Event, TrialFinished, TrialReported
+from desisky_tune.search import run
+from desisky_tune.search.events import Event, Note, TrialFinished, TrialReported
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.origin import SearchRun, write_run
 from desisky_tune.search.records import Ledger
@@ -185,6 +186,29 @@ def test_a_driver_killed_after_its_last_trial_leaves_no_study_behind_the_ledger(
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{folder.study}")
     assert [trial.number for trial in study.trials] == [0, 1, 2, 3, 4]
     assert [trial.value for trial in study.trials] == [each.objective for each in result.records]
+
+
+def test_what_the_end_needs_is_imported_while_trials_run(
+    result: SearchResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One library for each finished trial; one that is not installed is none the less over."""
+    imported: list[str] = []
+
+    def take(name: str) -> None:
+        imported.append(name)
+        if name == "missing":
+            raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(run, "AT_THE_END", ("first", "missing", "last"))
+    monkeypatch.setattr(run.importlib, "import_module", take)
+    told: list[object] = []
+    sink = run._importing(told.append)
+    finished = TrialFinished(result.records[0], 1, 9, None)
+    given = [Note("begins"), *[finished] * 5]
+    for event in given:
+        sink(event)
+    assert told == given
+    assert imported == ["first", "missing", "last"]
 
 
 def test_a_taken_name_is_refused(result: SearchResult, ray_instance: Any) -> None:

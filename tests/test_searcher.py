@@ -284,6 +284,16 @@ def test_what_optuna_can_say_of_a_trial_is_read_back_from_the_file(tmp_path: Pat
         assert repr(as_told(read)) == repr(as_told(study))  # by repr: a NaN is not itself
 
 
+def test_a_file_of_several_studies_is_refused(tmp_path: Path) -> None:
+    several = open_storage(tmp_path / "study.db")
+    for name in ("one", "other"):
+        optuna.create_study(study_name=name, storage=several).add_trial(
+            optuna.create_trial(value=1.0)
+        )
+    with pytest.raises(StorageError, match="holds more than the study of one search"):
+        StudyStorage(tmp_path / "study.db")
+
+
 def test_the_file_follows_the_study_while_it_runs(
     tmp_path: Path, search: StudySearch, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import time
+from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +22,7 @@ from desisky_tune.search.events import (
     EventSink,
     Note,
     SearchFinished,
+    TrialFinished,
 )
 from desisky_tune.search.figures import SessionFigures
 from desisky_tune.search.finalists import (
@@ -48,6 +52,16 @@ from desisky_tune.training.native import make_ready
 
 if TYPE_CHECKING:
     import pandas as pd
+
+#: What writing and measuring the winner imports: two seconds, in which no trial would run.
+AT_THE_END = (
+    "scipy.optimize",
+    "jax",
+    "equinox",
+    "desisky_tune.io.checkpoint",
+    "scipy.stats",
+    "sklearn.ensemble",
+)
 
 
 @dataclass(frozen=True)
@@ -220,7 +234,8 @@ def _search(
     if finalists is None:
         known = Ledger(run.folder.ledger).records()
         with measured(run.folder.name, run.spec.search.trials, known, emit) as told:
-            figures += run_stage(run, SearchStage(run), ray, told, local=local, stop=stop)
+            readied = _importing(told)
+            figures += run_stage(run, SearchStage(run), ray, readied, local=local, stop=stop)
     if run.spec.evaluation.final_plan[0]:
         records = Ledger(run.folder.ledger).records()
         if best_record(records) is None:
@@ -231,6 +246,19 @@ def _search(
             stage = FinalistStage(run, configurations)
             figures += run_stage(run, stage, ray, emit, local=local, stop=stop)
     return figures
+
+
+def _importing(emit: EventSink) -> EventSink:
+    """Import what the end of a search needs while its trials run: a library a finished trial."""
+    waiting = deque(AT_THE_END)
+
+    def sink(event: Event) -> None:
+        emit(event)
+        if isinstance(event, TrialFinished) and waiting:
+            with suppress(ImportError):
+                importlib.import_module(waiting.popleft())
+
+    return sink
 
 
 def _unfinished(run: SearchRun, records: list[TrialRecord]) -> bool:

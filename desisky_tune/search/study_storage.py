@@ -72,6 +72,8 @@ class StudyStorage(InMemoryStorage):
             self._study = super().create_new_study(study.directions, study.study_name)
             self._there = study._study_id
             for trial in self._file.get_all_trials(self._there, deepcopy=False):
+                if trial._trial_id != _id(trial):
+                    raise StorageError(f"{path}: holds more than the study of one search")
                 super().create_new_trial(self._study, trial)
             self._written = self._trials()
 
