@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from desisky_tune.training.initial import initial_layers
 from desisky_tune.training.native.library import NoLibraryError, _load, cache_folder, library
 from desisky_tune.training.native.program import NativeProgram, Training
-from desisky_tune.training.native.weights import initial_layers, pack, unpack
+from desisky_tune.training.native.weights import pack, unpack
 from desisky_tune.training.program import Hyperparameters, Program, program_for, training_arrays
 from desisky_tune.training.shuffle import epoch_order
 

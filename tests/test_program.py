@@ -283,8 +283,9 @@ def test_seeds_begin_differently_and_repeat():
     assert not np.array_equal(curves[0].rmse, curves[2].rmse)
 
 
-def test_the_initial_weights_are_those_of_the_seeds_key():
-    program = program_for(**SHAPE, batch_size=32)
+@pytest.mark.parametrize("core", ["auto", "xla"])
+def test_the_initial_weights_are_those_of_the_seeds_key(core):
+    program = program_for(**SHAPE, batch_size=32, core=core)
     assert equal(
         eqx.filter(program.last_model(program.init(9)), eqx.is_array),
         eqx.filter(mlp(9), eqx.is_array),

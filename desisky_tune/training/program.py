@@ -27,6 +27,7 @@ import optax
 from numpy.typing import NDArray
 
 from desisky_tune.errors import InputError
+from desisky_tune.models.broadband import mlp_of_layers
 from desisky_tune.training.arrays import (
     Curve,
     TargetScale,
@@ -37,6 +38,7 @@ from desisky_tune.training.arrays import (
 )
 from desisky_tune.training.epochs import Epochs
 from desisky_tune.training.hyperparameters import Hyperparameters, steps_per_epoch
+from desisky_tune.training.initial import initial_layers
 from desisky_tune.training.lean import LeanStepper
 from desisky_tune.training.losses import named_loss
 from desisky_tune.training.names import SELECTIONS
@@ -281,6 +283,10 @@ class Program:
         skeleton = self._skeleton
         if type(skeleton) is not eqx.nn.MLP:
             raise InputError("Program.init: a model that is no equinox.nn.MLP must be given")
+        if LeanStepper.fits(skeleton):
+            ends = int(skeleton.in_size), int(skeleton.out_size)
+            layers = initial_layers(seed, *ends, skeleton.width_size, skeleton.depth)
+            return mlp_of_layers(layers)
         return eqx.nn.MLP(
             in_size=skeleton.in_size,
             out_size=skeleton.out_size,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from desisky_tune.models.broadband import mlp_of_layers
 from desisky_tune.training.arrays import TrainState
+from desisky_tune.training.initial import initial_layers
 from desisky_tune.training.lean import Packed
 from desisky_tune.training.steps import AdamState
 
@@ -39,12 +40,11 @@ def fresh_state(
     TrainState
         NumPy arrays, as `desisky_tune.training.program.Program.init` has them on the device.
     """
-    # A new width compiles the draws of its arrays anew: on the host that takes a tenth of a GPU's.
     if model is None:
-        with jax.default_device(_host()):
-            model = eqx.nn.MLP(in_size, out_size, width, depth, key=jax.random.PRNGKey(seed))
-    weights = [np.asarray(layer.weight) for layer in model.layers]
-    biases = [np.asarray(layer.bias) for layer in model.layers]
+        layers = initial_layers(seed, in_size, out_size, width, depth)
+    else:
+        layers = [(np.asarray(each.weight), np.asarray(each.bias)) for each in model.layers]
+    weights, biases = ([layer[part] for layer in layers] for part in (0, 1))
     rest = [weights[0].T.ravel(), biases[0], weights[-1].ravel(), *biases[1:]]
     hidden: Any = tuple(np.ascontiguousarray(weight.T) for weight in weights[1:-1])
     vector: Any = np.concatenate(rest)
@@ -59,14 +59,6 @@ def fresh_state(
         "failed": _scalar(False, np.bool_),
     }
     return TrainState(parameters=parameters, best_parameters=parameters, **start)
-
-
-def _host() -> Any:
-    """Return the CPU as JAX has it, or None where JAX was told to do without."""
-    try:
-        return jax.devices("cpu")[0]
-    except RuntimeError:
-        return None
 
 
 def _scalar(value: float, dtype: Any) -> Any:

@@ -1,7 +1,7 @@
 """The training core in C: one MLP on one core of a CPU, several times as fast as XLA's.
 
-``training.c`` trains, `library` compiles it for this machine, `weights` knows its layout and
-draws initial weights, `program` has the face of `desisky_tune.training.program.Program`.
+``training.c`` trains, `library` compiles it for this machine, `weights` knows its layout,
+`program` has the face of `desisky_tune.training.program.Program`.
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ from desisky_tune.errors import InputError
 from desisky_tune.models.broadband import mlp_of_layers
 from desisky_tune.training.arrays import Curve, TrainingArrays, TrainState, curve_of
 from desisky_tune.training.hyperparameters import Hyperparameters, steps_per_epoch
+from desisky_tune.training.initial import Layers, initial_layers
 from desisky_tune.training.names import LOSSES, SELECTIONS
-from desisky_tune.training.native.weights import Layers, initial_layers, pack, unpack
+from desisky_tune.training.native.weights import pack, unpack
 from desisky_tune.training.steps import AdamState
 
 _COUNTS = (
