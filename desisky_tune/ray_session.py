@@ -43,6 +43,14 @@ CONNECT_SECONDS = 10.0
 OBJECT_STORE_BYTES = 512 * 1024**2
 
 
+_cut_off = threading.Event()
+
+
+def start_was_cut_off() -> bool:
+    """Whether a start of Ray has failed in this process: what it left half-made may crash."""
+    return _cut_off.is_set()
+
+
 @contextmanager
 def ray_session(
     *,
@@ -112,6 +120,7 @@ def ray_session(
         raise InputError(f"no Ray cluster answers at {address!r}: {error}") from error
     except BaseException:
         cancel_abort()
+        _cut_off.set()
         raise
     try:
         yield ray

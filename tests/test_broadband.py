@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -13,7 +17,7 @@ from hypothesis import strategies as st
 from desisky_tune.data.columns import FEATURES
 from desisky_tune.errors import CheckpointError
 from desisky_tune.models import make_broadbandMLP, permute_inputs
-from desisky_tune.models.broadband import mlp_of_layers
+from desisky_tune.models.broadband import mlp_of_layers, on_device
 
 INPUTS = np.linspace(-1.0, 1.0, 6, dtype=np.float32)
 
@@ -66,6 +70,26 @@ def test_refuses_names_that_are_not_the_same(
         permute_inputs(model, names, FEATURES)
 
 
+def test_to_write_given_weights_takes_no_device(tmp_path: Path) -> None:
+    """The driver of a search with GPUs must leave their memory to the engines."""
+    script = """
+import sys
+import numpy as np
+from desisky_tune.io import checkpoint_meta, save
+from desisky_tune.models.broadband import mlp_of_layers
+from jax._src import xla_bridge
+
+layers = [(np.ones((8, 6), np.float32), np.ones(8, np.float32)),
+          (np.ones((4, 8), np.float32), np.ones(4, np.float32))]
+model = mlp_of_layers(layers)
+save(sys.argv[1], model, checkpoint_meta(model, features=None))
+assert not xla_bridge.backends_are_initialized()
+"""
+    path = tmp_path / "given.eqx"
+    subprocess.run([sys.executable, "-c", script, str(path)], check=True)
+    assert path.exists()
+
+
 @given(
     inputs=st.integers(1, 9),
     outputs=st.integers(1, 5),
@@ -79,8 +103,10 @@ def test_an_mlp_of_given_layers_is_the_one_that_equinox_makes(
     """Leaf for leaf and field for field: nothing that looks at a model can tell them apart."""
     width = width if depth else outputs
     model = make_broadbandMLP(in_size=inputs, out_size=outputs, width_size=width, depth=depth)
-    for convert in (np.asarray, jnp.asarray):
-        made = mlp_of_layers([(convert(each.weight), convert(each.bias)) for each in model.layers])
+    given = [(each.weight, each.bias) for each in model.layers]
+    read = on_device([(np.asarray(weight), np.asarray(bias)) for weight, bias in given])
+    for layers in (given, read):
+        made = mlp_of_layers(layers)
         assert jax.tree.structure(made) == jax.tree.structure(model)
         assert eqx.tree_equal(made, model, typematch=True)
         row = jnp.linspace(-1, 1, inputs)

@@ -17,8 +17,8 @@ from desisky_tune.search.expression import read_condition
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.leaderboard import leaderboard
 from desisky_tune.search.records import TrialRecord, parameter_count
-from desisky_tune.search.searcher import rebuild_study
 from desisky_tune.search.space import SearchSpec, default_configuration, spec_from_dict
+from desisky_tune.search.study import rebuild_study
 from desisky_tune.search.study_storage import close_storage, open_storage
 from desisky_tune.search.warm_start import earlier_configurations
 

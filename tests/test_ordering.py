@@ -37,8 +37,9 @@ from desisky_tune.search.recorder import Recorder
 from desisky_tune.search.records import Ledger, TrialRecord
 from desisky_tune.search.run import run_search
 from desisky_tune.search.schedulers import make_scheduler
-from desisky_tune.search.searcher import StudySearch, rebuild_study
+from desisky_tune.search.searcher import StudySearch
 from desisky_tune.search.space import SearchSpec, load_spec, rungs, spec_from_dict
+from desisky_tune.search.study import rebuild_study
 from desisky_tune.search.verdicts import GO, REST, STOP, Verdict, Verdicts
 
 Durations = Callable[[int, int], float]

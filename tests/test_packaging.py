@@ -50,6 +50,12 @@ def test_the_training_core_loads_no_ray_and_no_optuna() -> None:
     assert not loaded & {"ray", "optuna"}
 
 
+def test_what_ends_a_run_without_ray_loads_none() -> None:
+    """Ray binds every interface where its environment does not stand before it is imported."""
+    loaded = loaded_by("import desisky_tune.search.run, desisky_tune.search.study")
+    assert "ray" not in loaded
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
     from hatchling.builders.wheel import WheelBuilder

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +15,21 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from desisky_tune.data.columns import BANDS, FEATURES, TARGETS
 from desisky_tune.data.features import load_features
 from desisky_tune.data.splits import make_split
 from desisky_tune.errors import InputError, RunError, SearchError
-from desisky_tune.search import run
+from desisky_tune.search import run, study_storage
 from desisky_tune.search.events import Event, Note, TrialFinished, TrialReported
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.origin import SearchRun, write_run
 from desisky_tune.search.records import Ledger
 from desisky_tune.search.run import SearchResult, resume_search, run_search
-from desisky_tune.search.searcher import StudySearch, rebuild_study
+from desisky_tune.search.searcher import StudySearch
 from desisky_tune.search.space import load_spec
+from desisky_tune.search.study import rebuild_study
 
 #: One trial at a time where nothing asks for more: each process takes a second to start.
 ALONE = ("resources.workers=1",)
@@ -186,6 +190,40 @@ def test_a_driver_killed_after_its_last_trial_leaves_no_study_behind_the_ledger(
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{folder.study}")
     assert [trial.number for trial in study.trials] == [0, 1, 2, 3, 4]
     assert [trial.value for trial in study.trials] == [each.objective for each in result.records]
+
+
+def test_the_studys_file_follows_while_trials_run(
+    ray_instance: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_storage, "PERIOD", 0.0)
+    held: list[int] = []
+
+    def look(event: Event) -> None:
+        if isinstance(event, TrialFinished):
+            with closing(sqlite3.connect(tmp_path / "followed" / "study.db")) as study:
+                ((count,),) = study.execute("SELECT count(*) FROM trials WHERE state = 'COMPLETE'")
+                held.append(count)
+
+    run_search(
+        small("search.scheduler=none", *ALONE), runs=tmp_path, name="followed", on_event=look
+    )
+    # A trial is written at the end of the step in which it was told.
+    assert held == [0, 1, 2, 3, 4]
+
+
+def test_a_study_that_could_not_be_written_at_the_end_is_written_anew(
+    ray_instance: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def locked(storage: study_storage.StudyStorage) -> None:
+        if storage.path.name == "study.db":
+            raise OperationalError("INSERT", {}, Exception("database is locked"))
+        flush(storage)
+
+    flush = study_storage.StudyStorage.flush
+    monkeypatch.setattr(study_storage.StudyStorage, "flush", locked)
+    ended = run_search(small(*ALONE), runs=tmp_path, name="locked")
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path}/locked/study.db")
+    assert [trial.value for trial in study.trials] == [each.objective for each in ended.records]
 
 
 def test_what_the_end_needs_is_imported_while_trials_run(

@@ -13,8 +13,8 @@ from virtual_clock import FakeBackend, ProcessDiedError, VirtualSearch, floor_of
 
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.records import Ledger, TrialRecord, best_record, record_to_json
-from desisky_tune.search.searcher import rebuild_study
 from desisky_tune.search.space import SearchSpec, default_configuration, rungs, spec_from_dict
+from desisky_tune.search.study import rebuild_study
 from desisky_tune.search.study_storage import close_storage, open_storage
 
 SAMPLERS = ("tpe", "gp", "cmaes", "random", "qmc")

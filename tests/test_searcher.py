@@ -6,7 +6,11 @@ import copy
 import math
 import pickle
 import random
+import sqlite3
+import subprocess
+import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,13 +23,15 @@ from ray import cloudpickle
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.search.optuna import OptunaSearch
+from sqlalchemy.exc import OperationalError
 
 from desisky_tune.errors import RunError, StorageError
 from desisky_tune.search import study_storage
 from desisky_tune.search.records import TrialRecord, finish
 from desisky_tune.search.schedulers import FullScheduler, RungScheduler, make_scheduler
-from desisky_tune.search.searcher import StudySearch, rebuild_study
+from desisky_tune.search.searcher import StudySearch
 from desisky_tune.search.space import SearchSpec, default_configuration, spec_from_dict
+from desisky_tune.search.study import rebuild_study
 from desisky_tune.search.study_storage import StudyStorage, open_storage
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
@@ -282,6 +288,81 @@ def test_what_optuna_can_say_of_a_trial_is_read_back_from_the_file(tmp_path: Pat
     for reader in (open_storage, StudyStorage):
         read = optuna.load_study(study_name="any", storage=reader(storage.path))
         assert repr(as_told(read)) == repr(as_told(study))  # by repr: a NaN is not itself
+
+
+def test_a_file_holds_one_study(tmp_path: Path, search: StudySearch) -> None:
+    with pytest.raises(StorageError, match="holds the study of another search"):
+        optuna.create_study(study_name="another", storage=search._store)
+
+
+def test_somebody_who_reads_the_file_holds_nothing_up_for_long(
+    tmp_path: Path, search: StudySearch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_storage, "PERIOD", 0.0)
+    monkeypatch.setattr(study_storage, "_PATIENCE", 0.05)
+    patient = StudySearch(search.spec, tmp_path / "patient.db")
+    patient.suggest("a")
+    with closing(sqlite3.connect(patient.path)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM trials").fetchall()
+        patient.keep()
+        assert not stored(patient.path, search.spec).trials
+        reader.rollback()
+        patient.keep()
+        assert as_told(stored(patient.path, search.spec)) == as_told(patient.study)
+        patient.suggest("b")
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM trials").fetchall()
+        assert not patient.close()
+
+
+KILLED_WHILE_WRITING = """
+import os, sys
+import optuna
+from desisky_tune.search.study_storage import StudyStorage
+
+storage = StudyStorage(sys.argv[1])
+study = optuna.create_study(storage=storage, study_name="small")
+for value in range(40):
+    study.add_trial(optuna.create_trial(value=value, user_attrs={"long": "x" * 1000}))
+storage.flush()
+for trial in range(40):
+    study.add_trial(optuna.create_trial(value=value, user_attrs={"long": "y" * 1000}))
+connection = storage._file.engine.connect()
+connection.begin()
+storage._write(connection, storage._trials()[40:], storage._trials()[:40])
+os._exit(0)
+"""
+
+
+def test_what_a_killed_writer_leaves_does_not_touch_the_study_written_anew(tmp_path: Path) -> None:
+    """Its journal, which SQLite plays back into whatever lies beside it."""
+    path = tmp_path / "study.db"
+    subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, str(path)], check=True)
+    assert Path(f"{path}-journal").stat().st_size
+    spec = a_spec()
+    records = [a_record(spec, number) for number in range(5)]
+    rebuild_study(path, spec, records)
+    trials = optuna.load_study(study_name=spec.name, storage=open_storage(path)).trials
+    assert [trial.value for trial in trials] == [record.objective for record in records]
+    with closing(sqlite3.connect(path)) as reader:
+        assert reader.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def test_a_study_that_cannot_be_written_anew_is_storages_fault_and_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, path = a_spec(), tmp_path / "study.db"
+    rebuild_study(path, spec, [a_record(spec, 0)])
+    before = path.read_bytes()
+
+    def full(*arguments: object) -> None:
+        raise OperationalError("INSERT", {}, Exception("database or disk is full"))
+
+    monkeypatch.setattr(StudyStorage, "_write", full)
+    with pytest.raises(StorageError, match=r"cannot write the study .*study.db: .*disk is full"):
+        rebuild_study(path, spec, [a_record(spec, 0), a_record(spec, 1)])
+    assert path.read_bytes() == before
 
 
 def test_a_file_of_several_studies_is_refused(tmp_path: Path) -> None:

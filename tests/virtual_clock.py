@@ -30,8 +30,9 @@ from desisky_tune.search.origin import SearchRun
 from desisky_tune.search.recorder import Recorder
 from desisky_tune.search.records import Ledger, TrialRecord
 from desisky_tune.search.schedulers import make_scheduler
-from desisky_tune.search.searcher import StudySearch, rebuild_study
+from desisky_tune.search.searcher import StudySearch
 from desisky_tune.search.space import SearchSpec, rungs
+from desisky_tune.search.study import rebuild_study
 
 #: Share of the objective by band: their mean is 1, so that the objective is the mean RMSE.
 BAND_SHARES: Mapping[str, float] = dict(zip(BANDS, (0.9, 1.2, 1.0, 0.9), strict=True))

@@ -25,7 +25,8 @@ import typer
 
 from desisky_tune.cli.app import app
 from desisky_tune.cli.console import one_line, say
-from desisky_tune.errors import INTERRUPTED, RESUME_ME, DesiskyTuneError
+from desisky_tune.errors import INTERRUPTED, DesiskyTuneError
+from desisky_tune.ray_session import start_was_cut_off
 
 PROGRAM = "desisky-tune"
 DEBUG_VARIABLE = "DESISKY_TUNE_DEBUG"
@@ -70,12 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def program() -> NoReturn:
     """Run the command of the process, and end the process with its exit code.
 
-    One that was stopped from outside ends without Python's own end: where a signal cut off the
-    start of Ray, what Ray would do then can crash, and the exit code would be another. Ray's
-    processes end with their driver, as they do where it is killed.
+    Where a signal cut off the start of Ray, it ends without Python's own end: what Ray would do
+    then can crash, and the exit code would be another. Ray's processes end with their driver, as
+    they do where it is killed.
     """
     code = main()
-    if code in (INTERRUPTED, RESUME_ME):
+    if start_was_cut_off():
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()

@@ -10,7 +10,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from desisky_tune.errors import CheckpointError
 from desisky_tune.models.raw_space import is_raw_space, mark_raw_space
@@ -61,8 +60,8 @@ def mlp_of_layers(layers: Sequence[tuple[Any, Any]]) -> eqx.nn.MLP:
     Parameters
     ----------
     layers
-        Weight ``(out, in)`` and bias ``(out,)`` by layer: JAX arrays, or what stands for them
-        (`jax.ShapeDtypeStruct`). They are taken as they are; NumPy arrays are put on the device.
+        Weight ``(out, in)`` and bias ``(out,)`` by layer, taken as they are: arrays of JAX or
+        NumPy, or what stands for them (`jax.ShapeDtypeStruct`). No device is touched.
 
     Returns
     -------
@@ -73,8 +72,8 @@ def mlp_of_layers(layers: Sequence[tuple[Any, Any]]) -> eqx.nn.MLP:
     linears = tuple(
         _replaced(
             plain.layers[0],
-            weight=_on_device(weight),
-            bias=_on_device(bias),
+            weight=weight,
+            bias=bias,
             in_features=weight.shape[1],
             out_features=weight.shape[0],
         )
@@ -104,9 +103,9 @@ def _replaced(module: Any, **fields: Any) -> Any:
     return rebuilt
 
 
-def _on_device(array: Any) -> Any:
-    # `jnp.asarray` would compile a program for each new shape.
-    return jax.device_put(array) if isinstance(array, np.ndarray) else array
+def on_device(layers: Sequence[tuple[Any, Any]]) -> list[tuple[jax.Array, jax.Array]]:
+    """Put the weights of layers on JAX's device; `jnp.asarray` compiles for each new shape."""
+    return [(jax.device_put(weight), jax.device_put(bias)) for weight, bias in layers]
 
 
 def permute_inputs(

@@ -10,7 +10,7 @@ import equinox as eqx
 import numpy as np
 from numpy.typing import NDArray
 
-from desisky_tune.models.broadband import mlp_of_layers
+from desisky_tune.models.broadband import mlp_of_layers, on_device
 
 
 def mean_model(models: Sequence[eqx.nn.MLP], weights: Sequence[float] | None = None) -> eqx.nn.MLP:
@@ -67,7 +67,8 @@ def mean_model(models: Sequence[eqx.nn.MLP], weights: Sequence[float] | None = N
             np.sum([b * s for (_, b), s in last], axis=0),
         )
     )
-    return mlp_of_layers([(w.astype(np.float32), b.astype(np.float32)) for w, b in merged])
+    layers_of_mean = [(w.astype(np.float32), b.astype(np.float32)) for w, b in merged]
+    return mlp_of_layers(on_device(layers_of_mean))
 
 
 def _arrays(model: eqx.nn.MLP) -> list[tuple[NDArray[Any], NDArray[Any]]]:

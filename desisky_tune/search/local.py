@@ -1,7 +1,6 @@
 """The backend that trains with one program per trial, in the process that calls it.
 
-JAX is imported when the first trial begins, not when this module is: the driver of a
-search needs none of it.
+JAX is not imported when this module is: the driver of a search needs none of it.
 """
 
 from __future__ import annotations

@@ -237,9 +237,9 @@ class OrderedSearch(Searcher):
         """Write the study's file, where it is behind the study for long."""
         self._searcher.keep()
 
-    def close(self) -> None:
-        """Let go of the study's file."""
-        self._searcher.close()
+    def close(self) -> bool:
+        """Write the study's file, and let go of it; return whether it could be written."""
+        return self._searcher.close()
 
 
 class OrderedScheduler(FIFOScheduler):

@@ -143,11 +143,11 @@ def run_search(
         spec = load_spec(spec)
     emit = on_event or _ignore
     started = time.time()
-    make_ready()
     _require_feasible(spec)
     with stop_signals() as stop:
         # A table needs no Ray, so that its faults are told before one is started.
         table = None if needs_ray(spec.data.source) else _features(spec)
+        make_ready()
         with ray_session(address=address, dashboard=dashboard) as ray:
             stop.listen()
             table = table or _features(spec, address=address)
@@ -196,10 +196,10 @@ def resume_search(
         records = Ledger(run.folder.ledger).records()
         figures: list[SessionFigures] = []
         if not ended and not _unfinished(run, records):
-            from desisky_tune.search.stages import SearchStage
+            from desisky_tune.search.study import rebuild_study
 
             # Killed after its last trial had a record: the study may lack it.
-            SearchStage(run).conclude(records)
+            rebuild_study(run.folder.study, run.spec, records)
         elif not ended:
             with ray_session(address=address, dashboard=dashboard) as ray:
                 stop.listen()
@@ -255,7 +255,7 @@ def _importing(emit: EventSink) -> EventSink:
     def sink(event: Event) -> None:
         emit(event)
         if isinstance(event, TrialFinished) and waiting:
-            with suppress(ImportError):
+            with suppress(Exception):  # the end will meet it again
                 importlib.import_module(waiting.popleft())
 
     return sink

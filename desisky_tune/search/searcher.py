@@ -10,22 +10,21 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from desisky_tune.errors import RunError
-from desisky_tune.files import atomic_path
 from desisky_tune.search.drafts import draw_within
 from desisky_tune.search.records import TrialRecord, finish, nested
 from desisky_tune.search.samplers import make_sampler
 from desisky_tune.search.schedulers import METRIC, MODE, TIME
 from desisky_tune.search.space import SearchSpec
+from desisky_tune.search.study import notes_of, objective_values
 from desisky_tune.search.study_storage import StudyStorage
 
 Pending = Sequence[tuple[int, Mapping[str, Any]]]
@@ -169,7 +168,7 @@ class StudySearch(OptunaSearch):
         for epochs, objective in record.rungs.items():
             self._report(number, epochs, objective)
         trial = self._trial_id(number)
-        for name, value in _notes(record).items():
+        for name, value in notes_of(record).items():
             self._store.set_trial_user_attr(trial, name, value)
         # Told to the storage, because a study that is told PRUNED takes no value of ours.
         self._store.set_trial_state_values(
@@ -195,9 +194,9 @@ class StudySearch(OptunaSearch):
         """Write the study's file, where it is behind the study for long."""
         self._store.keep()
 
-    def close(self) -> None:
-        """Write the study's file, and let go of it."""
-        self._store.close()
+    def close(self) -> bool:
+        """Write the study's file, and let go of it; return whether it could be written."""
+        return self._store.close()
 
     def _next_number(self) -> int:
         """The number of the next new trial: a gap that was left in the study, or its end.
@@ -265,74 +264,3 @@ class StudySearch(OptunaSearch):
             found = self._store.get_trial_id_from_study_id_trial_number(study, number)
             self._ids[number] = int(found)
         return self._ids[number]
-
-
-def rebuild_study(path: str | Path, spec: SearchSpec, records: Iterable[TrialRecord]) -> None:
-    """Write a study anew from the ledger's records; the old file is replaced at once.
-
-    Numbers, configurations, states, values and intermediate values are those of the
-    records. A number that is missing between them is left waiting: `StudySearch.prime`
-    takes it up, or it is suggested next.
-
-    Parameters
-    ----------
-    path
-        The study's file.
-    spec
-        The search.
-    records
-        The finished trials.
-    """
-    by_number = {record.number: record for record in records}
-    with atomic_path(path) as temporary:
-        storage = StudyStorage(temporary)
-        try:
-            study = optuna.create_study(
-                storage=storage,
-                study_name=spec.name,
-                directions=["minimize"] * len(spec.search.objectives),
-            )
-            study.add_trials(
-                _frozen(spec, by_number[number])
-                if number in by_number
-                else optuna.create_trial(state=TrialState.WAITING)
-                for number in range(max(by_number, default=-1) + 1)
-            )
-        finally:
-            storage.close()
-
-
-def _frozen(spec: SearchSpec, record: TrialRecord) -> FrozenTrial:
-    params, distributions = spec.as_params(record.configuration)
-    trial = optuna.create_trial(
-        state=TrialState[record.state],
-        values=objective_values(spec, record),
-        params=params,
-        distributions=distributions,
-        intermediate_values=record.rungs,
-        user_attrs=_notes(record),
-    )
-    trial.datetime_start = datetime.fromtimestamp(record.started)
-    trial.datetime_complete = datetime.fromtimestamp(record.ended)
-    return trial
-
-
-def objective_values(spec: SearchSpec, record: TrialRecord) -> list[float] | None:
-    """Return what a study minimises of a record, in the order of the specification's objectives.
-
-    None for a failed trial: it has no values.
-    """
-    if record.state == "FAIL" or record.objective is None:
-        return None
-    values = {"rmse": record.objective, "parameters": float(record.parameters)}
-    return [values[name] for name in spec.search.objectives]
-
-
-def _notes(record: TrialRecord) -> dict[str, Any]:
-    """What a study shows of a trial beside Optuna's own fields."""
-    notes: dict[str, Any] = {"configuration": record.configuration}
-    if record.reason is not None:
-        notes["reason"] = record.reason
-    if record.rmse is not None:
-        notes |= {"rmse": record.rmse, "best_epoch": record.best_epoch}
-    return notes

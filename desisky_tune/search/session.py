@@ -14,13 +14,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 from ray import tune
 
-from desisky_tune.errors import SearchError, SearchInterrupted
+from desisky_tune.errors import SearchError, SearchInterrupted, StorageError
 from desisky_tune.ray_session import environment
 from desisky_tune.search.engine import Work
 from desisky_tune.search.engine_client import EngineBackend
@@ -115,13 +115,13 @@ def run_stage(
     restarts = Restarts(folder, emit, stop, outages)
     first = True
     while True:
-        records = Ledger(stage.ledger).records()
-        if not remaining_trials(trials, records):
-            # The driver was killed, or storage failed, just before the end.
-            stage.conclude(records)
-            return told
         try:
-            recorder, figures = _run_session(
+            records = Ledger(stage.ledger).records()
+            if not remaining_trials(trials, records):
+                # The driver was killed, or storage failed, just before the end.
+                stage.conclude(records)
+                return told
+            recorder, figures, study_written = _run_session(
                 run, stage, ray, emit, deaths, deadline, stop, outages, local=local, first=first
             )
         except Exception as fault:
@@ -144,13 +144,16 @@ def run_stage(
             )
         if stop.asked is not None:
             break
+        if not unfinished and not study_written:
+            continue
         if not unfinished:
             return told
         if len(recorder.died) < unfinished:
             break
         # Only trials whose process died are left, and each may be tried again.
         emit(Note(f"{unfinished} trials are started again: their processes died"))
-    stage.conclude(records)
+    with suppress(StorageError):  # a resume writes it
+        stage.conclude(records)
     done = trials - unfinished
     if stop.asked is not None:
         raise stop.interruption(done, trials)
@@ -172,8 +175,11 @@ def _run_session(
     *,
     local: bool,
     first: bool,
-) -> tuple[Recorder, SessionFigures]:
-    """Run the trials that have no record yet in one experiment of Ray Tune."""
+) -> tuple[Recorder, SessionFigures, bool]:
+    """Run the trials that have no record yet in one experiment of Ray Tune.
+
+    The last that is returned: whether the study's file has all that was told to the study.
+    """
     spec, folder = run.spec, run.folder
     known = Ledger(stage.ledger).records()
     remaining = remaining_trials(stage.total, known)
@@ -242,8 +248,8 @@ def _run_session(
                 LEAVING_PATIENCE if leaving else CLOSING_PATIENCE,
             )
     finally:
-        searcher.close()
-    return recorder, figures
+        study_written = searcher.close()
+    return recorder, figures, study_written
 
 
 def _tuner(

@@ -25,9 +25,10 @@ from desisky_tune.search.ordering import OrderedScheduler, OrderedSearch, Orderi
 from desisky_tune.search.origin import SearchRun
 from desisky_tune.search.records import TrialRecord
 from desisky_tune.search.schedulers import FullScheduler, Scheduler, make_scheduler
-from desisky_tune.search.searcher import StudySearch, rebuild_study
+from desisky_tune.search.searcher import StudySearch
 from desisky_tune.search.space import rungs
 from desisky_tune.search.stopping import StopRequest
+from desisky_tune.search.study import rebuild_study
 
 
 class Stage(Protocol):
@@ -197,5 +198,6 @@ class GivenSearch(Searcher):
     def keep(self) -> None:
         """There is no study of the finalists."""
 
-    def close(self) -> None:
+    def close(self) -> bool:
         """Nothing is held open."""
+        return True

@@ -12,6 +12,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,12 @@ from desisky_tune.errors import RunError, StorageError
 
 #: How long the file may be behind the study while a search runs (s).
 PERIOD = 2.0
+
+#: What Optuna and SQLAlchemy raise of a file that cannot be written, or read.
+WRITE_FAULTS = (DatabaseError, StorageInternalError)
+
+#: How long a writer waits while somebody reads the file (s).
+_PATIENCE = 1.0
 
 Rows = Iterator[dict[str, Any]]
 
@@ -67,15 +74,11 @@ class StudyStorage(InMemoryStorage):
         #: What the file holds, by number. A trial that changes is replaced by another object.
         self._written: list[FrozenTrial] = []
         self._last = time.monotonic()
-        self._broken = False
-        for study in self._file.get_all_studies():
-            self._study = super().create_new_study(study.directions, study.study_name)
-            self._there = study._study_id
-            for trial in self._file.get_all_trials(self._there, deepcopy=False):
-                if trial._trial_id != _id(trial):
-                    raise StorageError(f"{path}: holds more than the study of one search")
-                super().create_new_trial(self._study, trial)
-            self._written = self._trials()
+        try:
+            self._read()
+        except BaseException:
+            close_storage(self._file)
+            raise
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the file: Ray Tune keeps a copy of its searcher, which nobody asks."""
@@ -85,15 +88,30 @@ class StudyStorage(InMemoryStorage):
         self, directions: Sequence[optuna.study.StudyDirection], study_name: str | None = None
     ) -> int:
         """Make the study, here and in the file."""
+        held = self._study
+        # Where it is the same study, this refuses it.
         self._study = super().create_new_study(directions, study_name)
+        if held >= 0:
+            self._study = held
+            raise StorageError(f"{self.path}: holds the study of another search")
         name = self.get_study_name_from_id(self._study)
         self._there = self._file.create_new_study(directions, name)
         return self._study
 
     def keep(self) -> None:
-        """Write what has changed, where the last time was a while ago."""
+        """Write what has changed, where the last time was a while ago.
+
+        A file that cannot be written (somebody reads it just now) is tried again as late.
+
+        Raises
+        ------
+        RunError
+            When something else has written to the file.
+        """
         if time.monotonic() - self._last >= PERIOD:
-            self.flush()
+            with suppress(*WRITE_FAULTS):
+                self.flush()
+            self._last = time.monotonic()
 
     def flush(self) -> None:
         """Write what has changed.
@@ -103,7 +121,7 @@ class StudyStorage(InMemoryStorage):
         RunError
             When something else has written to the file.
         DatabaseError, StorageInternalError
-            When the file cannot be written.
+            When the file cannot be written (`WRITE_FAULTS`); nothing of it has been, then.
         """
         trials = self._trials()
         held = len(self._written)
@@ -114,21 +132,35 @@ class StudyStorage(InMemoryStorage):
                 with self._file.engine.begin() as connection:
                     self._write(connection, new, changed)
             except IntegrityError as error:
-                self._broken = True
                 raise RunError(f"{self.path}: something else is writing to this study") from error
-            except (DatabaseError, StorageInternalError):
-                self._broken = True
-                raise
         self._written = trials
-        self._last = time.monotonic()
 
-    def close(self) -> None:
-        """Write what has changed, unless that failed before, and let go of the file."""
+    def close(self) -> bool:
+        """Write what has changed, and let go of the file; return whether it could be written.
+
+        Raises
+        ------
+        RunError
+            When something else has written to the file.
+        """
         try:
-            if not self._broken:
-                self.flush()
+            self.flush()
+        except WRITE_FAULTS:
+            return False
         finally:
             close_storage(self._file)
+        return True
+
+    def _read(self) -> None:
+        """Take up what the file holds."""
+        for study in self._file.get_all_studies():
+            self._study = super().create_new_study(study.directions, study.study_name)
+            self._there = study._study_id
+            for trial in self._file.get_all_trials(self._there, deepcopy=False):
+                if trial._trial_id != _id(trial):
+                    raise StorageError(f"{self.path}: holds more than the study of one search")
+                super().create_new_trial(self._study, trial)
+            self._written = self._trials()
 
     def _trials(self) -> list[FrozenTrial]:
         return self.get_all_trials(self._study, deepcopy=False) if self._study >= 0 else []
@@ -236,7 +268,7 @@ def open_storage(path: str | Path) -> RDBStorage:
     try:
         return RDBStorage(
             url.render_as_string(hide_password=False),
-            engine_kwargs={"connect_args": {"factory": _UnsyncedConnection}},
+            engine_kwargs={"connect_args": {"factory": _UnsyncedConnection, "timeout": _PATIENCE}},
         )
     except (DatabaseError, RuntimeError) as error:
         cause = getattr(error, "orig", None) or error

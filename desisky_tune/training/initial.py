@@ -32,8 +32,9 @@ def initial_layers(seed: int, in_size: int, out_size: int, width: int, depth: in
 
     Notes
     -----
-    JAX's generator: Threefry-2x32 of 20 rounds (Salmon et al. 2011, "Parallel random numbers: as
-    easy as 1, 2, 3"), its counter the index of the number.
+    JAX's generator as it is by default (``jax_threefry_partitionable``): Threefry-2x32 of 20 rounds
+    (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), its counter the index of
+    the number.
     """
     keys = _split((np.uint32(0), np.uint32(seed)), depth + 1)
     sizes = [(in_size, width), *[(width, width)] * (depth - 1), (width, out_size)]

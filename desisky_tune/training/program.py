@@ -27,7 +27,7 @@ import optax
 from numpy.typing import NDArray
 
 from desisky_tune.errors import InputError
-from desisky_tune.models.broadband import mlp_of_layers
+from desisky_tune.models.broadband import mlp_of_layers, on_device
 from desisky_tune.training.arrays import (
     Curve,
     TargetScale,
@@ -283,10 +283,11 @@ class Program:
         skeleton = self._skeleton
         if type(skeleton) is not eqx.nn.MLP:
             raise InputError("Program.init: a model that is no equinox.nn.MLP must be given")
-        if LeanStepper.fits(skeleton):
+        in_float32 = all(each.dtype == np.float32 for each in jax.tree.leaves(self._abstract))
+        if in_float32 and LeanStepper.fits(skeleton):
             ends = int(skeleton.in_size), int(skeleton.out_size)
             layers = initial_layers(seed, *ends, skeleton.width_size, skeleton.depth)
-            return mlp_of_layers(layers)
+            return mlp_of_layers(on_device(layers))
         return eqx.nn.MLP(
             in_size=skeleton.in_size,
             out_size=skeleton.out_size,

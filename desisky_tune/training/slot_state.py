@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from desisky_tune.models.broadband import mlp_of_layers
+from desisky_tune.models.broadband import mlp_of_layers, on_device
 from desisky_tune.training.arrays import TrainState
 from desisky_tune.training.initial import initial_layers
 from desisky_tune.training.lean import Packed
@@ -92,7 +92,7 @@ def model_of(parameters: Packed, in_size: int, out_size: int, width: int) -> eqx
     between = [
         (np.asarray(weight).T, bias) for weight, bias in zip(parameters.hidden, biases, strict=True)
     ]
-    return mlp_of_layers([(first[:-1].T, first[-1]), *between, (last, last_bias)])
+    return mlp_of_layers(on_device([(first[:-1].T, first[-1]), *between, (last, last_bias)]))
 
 
 def _packed_at(tree: Packed, first: int, out: int, width: int) -> Packed:

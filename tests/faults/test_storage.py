@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import threading
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,12 +28,10 @@ from desisky_tune.search.stopping import StopRequest
 
 
 class Outage:
-    """Takes a folder away at a report, and brings it back after a time, or when that is told."""
+    """Takes a folder away at a report, and brings it back when that is told."""
 
-    def __init__(
-        self, run: Path, at: int, seconds: float | None = None, *, until_told: bool = False
-    ) -> None:
-        self.run, self.at, self.seconds, self.until_told = run, at, seconds, until_told
+    def __init__(self, run: Path, at: int, *, until_told: bool = False) -> None:
+        self.run, self.at, self.until_told = run, at, until_told
         self.away = run.with_name("away")
         self.told: list[StorageChanged] = []
 
@@ -51,8 +48,6 @@ class Outage:
     def begin(self) -> None:
         self.run.rename(self.away)
         self.run.touch()
-        if self.seconds is not None:
-            threading.Timer(self.seconds, self.end).start()
 
     def end(self) -> None:
         self.run.unlink()
@@ -96,7 +91,7 @@ def test_a_search_waits_for_storage_and_ends_only_when_it_does_not_come_back(
     for_good.end()
     assert not (run / "evaluation.json").exists()
 
-    for_a_while = Outage(run, at=moment.randrange(2, 5), seconds=moment.uniform(1.0, 3.0))
+    for_a_while = Outage(run, at=moment.randrange(2, 5), until_told=True)
     resume_search(run, on_event=for_a_while)
     assert [event.failing for event in for_a_while.told] == [True, False]
     assert_the_same(assert_nothing_lost(run, spec_of(RANDOM)), undisturbed)

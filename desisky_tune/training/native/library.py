@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import threading
+from contextlib import suppress
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -53,7 +54,12 @@ def _library() -> ctypes.CDLL | None:
 
 def make_ready() -> None:
     """Compile the core, where it has to be, beside what the caller does next."""
-    threading.Thread(target=library, name="native core").start()
+
+    def compile_it() -> None:
+        with suppress(Exception):  # who asks for the core will hear of it
+            library()
+
+    threading.Thread(target=compile_it, name="native core").start()
 
 
 def missing_because() -> str | None:

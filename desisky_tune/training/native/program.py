@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from desisky_tune.errors import InputError
-from desisky_tune.models.broadband import mlp_of_layers
+from desisky_tune.models.broadband import mlp_of_layers, on_device
 from desisky_tune.training.arrays import Curve, TrainingArrays, TrainState, curve_of
 from desisky_tune.training.hyperparameters import Hyperparameters, steps_per_epoch
 from desisky_tune.training.initial import Layers, initial_layers
@@ -223,4 +223,4 @@ class NativeProgram:
         return layers
 
     def _model(self, packed: Any) -> eqx.nn.MLP:
-        return mlp_of_layers(unpack(packed, self._sizes))
+        return mlp_of_layers(on_device(unpack(packed, self._sizes)))
