@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from desisky_tune.errors import InputError
@@ -81,6 +81,8 @@ def ray_session(
     ------
     InputError
         When no Ray answers at `address`.
+    SystemExit
+        On SIGTERM while Ray starts, as Ray has it.
     """
     if address is None:
         for name, value in LOOPBACK_ENVIRONMENT.items():
@@ -98,11 +100,12 @@ def ray_session(
         "log_to_driver": False,
         "configure_logging": True,
     }
+    heard: list[int] = []
     try:
         if address is None:
             # Inherited by what Ray starts here. As a runtime environment of the job it would be
             # another one than that of the processes that Ray holds ready, and none would do.
-            with environment(WORKER_ENVIRONMENT):
+            with environment(WORKER_ENVIRONMENT), _hearing_signals(heard):
                 ray.init(
                     # Not without an address: Ray would follow RAY_ADDRESS, or join a Ray that it
                     # finds on this machine.
@@ -115,7 +118,10 @@ def ray_session(
                     **common,
                 )
         else:
-            ray.init(address=address, runtime_env={"env_vars": dict(WORKER_ENVIRONMENT)}, **common)
+            with _hearing_signals(heard):
+                ray.init(
+                    address=address, runtime_env={"env_vars": dict(WORKER_ENVIRONMENT)}, **common
+                )
     except ConnectionError as error:
         raise InputError(f"no Ray cluster answers at {address!r}: {error}") from error
     except BaseException:
@@ -123,10 +129,33 @@ def ray_session(
         _cut_off.set()
         raise
     try:
+        if signal.SIGTERM in heard:
+            # What Ray's handler raised was lost in its own code.
+            raise SystemExit(signal.SIGTERM)
         yield ray
     finally:
         cancel_abort()
         ray.shutdown()
+
+
+@contextmanager
+def _hearing_signals(heard: list[int]) -> Iterator[None]:
+    """Note the signals that come meanwhile, whatever becomes of what their handlers raise."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    os.set_blocking(writing, False)
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        with suppress(BlockingIOError):
+            heard += os.read(reading, 256)
+        os.close(reading)
+        os.close(writing)
 
 
 def cancel_abort() -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -207,6 +208,30 @@ def test_nor_where_ray_s_own_python_handler_ends_the_process(
         search()
     assert left == ([0] if when == "while Ray runs" else [])
     assert signal.alarm(0) == 0
+
+
+def test_a_sigterm_that_rays_start_swallows_is_heard_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray's handler raises SystemExit wherever the signal finds it: also where that is lost."""
+    ended = []
+
+    def start(**_: object) -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        with suppress(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    ray = SimpleNamespace(
+        init=start, is_initialized=lambda: False, shutdown=lambda: ended.append(True)
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    wakeup = signal.set_wakeup_fd(-1)
+    assert wakeup == -1
+    with pytest.raises(SearchInterrupted, match="SIGTERM") as stop, stop_signals(), ray_session():
+        pytest.fail("the search began")
+    assert stop.value.exit_code == RESUME_ME
+    assert ended == [True]
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 CUT_OFF = """
