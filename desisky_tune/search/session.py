@@ -144,10 +144,10 @@ def run_stage(
             )
         if stop.asked is not None:
             break
-        if not unfinished and not study_written:
-            continue
         if not unfinished:
-            return told
+            if study_written:
+                return told
+            continue  # the study's file is written anew
         if len(recorder.died) < unfinished:
             break
         # Only trials whose process died are left, and each may be tried again.

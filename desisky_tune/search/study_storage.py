@@ -246,8 +246,7 @@ _PARTS: tuple[tuple[Any, Callable[[FrozenTrial], Rows]], ...] = (
 class _UnsyncedConnection(sqlite3.Connection):
     """Leaves the flushing of each commit to the system.
 
-    A trial takes several commits, and the file can always be written anew from the ledger, which
-    does wait for the disk.
+    The file can always be written anew from the ledger, which does wait for the disk.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
