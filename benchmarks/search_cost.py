@@ -9,9 +9,10 @@ one table of exposures, the shipped ones repeated with other numbers and nights.
 
 Each search runs in a process of its own, beside a Ray that runs already when the clock starts;
 its parts are timed by its events: *rows* until the table stands and is split, *trials* until the
-last one has ended, *winner* until the search has. *Waiting* is the share of the engine's time in
-which a slot had no trial, *keeping* that in which it wrote states: large where the search itself
-is the limit. Run it on an idle machine.
+last one has ended, *winner* until the search has. *Driver* is the processor time of the process
+that searches, its threads and imports included, from a Ray that runs to the end. *Waiting* is the
+share of the engine's time in which a slot had no trial, *keeping* that in which it wrote states:
+large where the search itself is the limit. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -119,11 +120,11 @@ def searched(table: Path, trials: int, spec: str, cores: int) -> dict[str, Any]:
         f"resources.workers={cores}",
     )
     with tempfile.TemporaryDirectory() as runs, ray_session(num_cpus=cores):
-        began = time.perf_counter()
+        began, spent = time.perf_counter(), time.process_time()
         result = run_search(
             load_spec("quick", overrides=(*own, *chosen)), runs=runs, name="cost", on_event=note
         )
-        ended = time.perf_counter()
+        ended, driver = time.perf_counter(), time.process_time() - spent
         content = json.loads((result.run_dir / "search.json").read_text())
     (figures,) = content["sessions"][-1]["engines"]
     return {
@@ -131,6 +132,7 @@ def searched(table: Path, trials: int, spec: str, cores: int) -> dict[str, Any]:
         "rows": moments["rows"] - began,
         "trials": moments["trials"] - moments["rows"],
         "winner": ended - moments["trials"],
+        "driver": driver,
         "shares": figures["all"]["shares"],
         "processes": sum(figures["processes"].values()),
     }
@@ -139,11 +141,11 @@ def searched(table: Path, trials: int, spec: str, cores: int) -> dict[str, Any]:
 def print_costs(what: str, costs: Sequence[tuple[int, dict[str, Any]]]) -> None:
     """Print a table of costs, how they grow, and what dominates at each end."""
     parts = ("rows", "trials", "winner")
-    print(f"| {what} | seconds | rows | trials | winner | waiting | keeping | processes |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(f"| {what} | seconds | rows | trials | winner | driver | waiting | keeping | processes |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for count, cost in costs:
         shares = [f"{100 * cost['shares'][name]:.0f} %" for name in ("waiting", "keeping")]
-        seconds = [f"{cost[name]:.2f}" for name in ("seconds", *parts)]
+        seconds = [f"{cost[name]:.2f}" for name in ("seconds", *parts, "driver")]
         print("| " + " | ".join([str(count), *seconds, *shares, str(cost["processes"])]) + " |")
     print()
     if len(costs) > 1:
