@@ -47,6 +47,9 @@ OVERRIDES = (
 #: What a trial's record holds that differs from run to run.
 TIMES = ("seconds", "started", "ended")
 
+#: How the titles of the processes begin that are killed.
+VICTIMS = ("ray::Engine", "ray::SearchTrial", "ray::Dispatcher")
+
 FAULTS = ("driver killed", "driver stopped", "process killed")
 
 #: How a driver may end: done, killed, stopped (also before Python has taken the signal over).
@@ -157,7 +160,7 @@ def hit(driver: subprocess.Popen[bytes], fault: str, moment: random.Random) -> b
     else:
         with suppress(psutil.NoSuchProcess, ProcessLookupError):
             children = psutil.Process(driver.pid).children(recursive=True)
-            ours = [p for p in children if named(p).startswith(("ray::Engine", "ray::SearchTrial"))]
+            ours = [p for p in children if named(p).startswith(VICTIMS)]
             if ours:
                 os.kill(moment.choice(ours).pid, signal.SIGKILL)
                 return True

@@ -83,6 +83,10 @@ class EngineError(SearchError):
     """The processes that train are gone, and cannot be started again."""
 
 
+class DispatcherError(SearchError):
+    """The process that spreads trials over engines is gone: a new session has to begin."""
+
+
 class SearchInterrupted(KeyboardInterrupt):
     """A search was stopped before all its trials had run; it can be resumed.
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from desisky_tune.errors import EngineError
+from desisky_tune.errors import DispatcherError, EngineError
 from desisky_tune.search.figures import EngineFigures, added
 from desisky_tune.search.outages import Attempt
 from desisky_tune.search.verdicts import Verdicts
@@ -21,7 +21,13 @@ from desisky_tune.search.verdicts import Verdicts
 FAILURES_IN_A_ROW = 3
 
 #: Engines at which a trial is tried before it has failed.
-TRIES = 2
+TRIES = 3
+
+#: How long an engine's processes may die one after another before one is ready (s).
+START_PATIENCE = 60.0
+
+#: Seconds between two looks at an engine that is being started again.
+START_PAUSE = 0.2
 
 #: How long an engine may take to tell its figures before they are left out (s).
 FIGURES_PATIENCE = 2.0
@@ -67,6 +73,9 @@ class _Engine:
     room: int
     up: bool = False
     lost: str | None = None
+    #: Lost to new trials because they failed there, not because it is gone.
+    left_out: bool = False
+    watched: bool = False
     trials: set[int] = field(default_factory=set)
     #: Trials that failed there one after another.
     failures: int = 0
@@ -105,6 +114,8 @@ class Dispatcher(Roster, Verdicts):
         self._tried: dict[int, set[int]] = {}
         self._news: list[str] = []
         self._attempts: list[Attempt] = []
+        #: Names of the engines whose storage fails.
+        self._failing: set[str] = set()
         self._changed = asyncio.Condition()
         self._processes: set[str] = set()
         self._watches: list[asyncio.Task[None]] = []
@@ -114,7 +125,7 @@ class Dispatcher(Roster, Verdicts):
         """Take up engines: their handles, and how many trials may be at each."""
         for handle, room in engines:
             self._engines.append(_Engine(handle, room))
-            self._watches.append(asyncio.create_task(self._watch(len(self._engines) - 1)))
+            self._watch_start(len(self._engines) - 1)
 
     async def rows(self) -> Any:
         """Return what engines train on, as it was given (a reference, not the rows)."""
@@ -150,7 +161,16 @@ class Dispatcher(Roster, Verdicts):
                     at for at, engine in enumerate(self._engines) if engine.free and at not in tried
                 ]
                 if free:
-                    home = min(free, key=lambda at: (self._engines[at].load, at))
+                    # One that failed elsewhere goes where nothing did: that tells who is to blame.
+                    suspect = bool(tried)
+                    home = min(
+                        free,
+                        key=lambda at: (
+                            suspect and self._engines[at].failures,
+                            self._engines[at].load,
+                            at,
+                        ),
+                    )
                     self._homes[number] = home
                     self._engines[home].trials.add(number)
                     return home, self._engines[home].handle
@@ -176,30 +196,37 @@ class Dispatcher(Roster, Verdicts):
                 self._news.append(f"an engine is lost, and its trials go on elsewhere: {why}")
             self._changed.notify_all()
 
-    async def failed(self, number: int, why: str) -> bool:
+    async def died(self, at: int) -> None:
+        """Hear that the process of an engine has died: it gets no trials until it is up again."""
+        self._engines[at].up = False
+        self._watch_start(at)
+
+    async def failed(self, number: int, why: str, *, storage: bool = False) -> bool:
         """Hear that a trial raised or killed its engine; return whether to try it elsewhere.
 
         What fails at one engine and not at another is the fault of its machine. So a trial is
         tried at `TRIES` engines, and one that fails at all of them is to blame itself; an
-        engine at which `FAILURES_IN_A_ROW` trials failed gets no more of them. The last one is
-        never left out: then the trials fail, and the search ends by itself.
+        engine at which `FAILURES_IN_A_ROW` trials failed gets no more of them, unless it turns
+        out that they were to blame. The last one is never left out: then the trials fail, and
+        the search ends by itself.
+
+        Files that cannot be written (`storage`) are the machine's fault as long as no other
+        engine meets the same: else it is the storage's, and is to be waited for.
         """
         async with self._changed:
             home = self._homes.get(number)
-            if home is None:
+            if home is None or (storage and len(self._failing) > 1):
                 return False
             engine, tried = self._engines[home], self._tried.setdefault(number, set())
             tried.add(home)
-            others = {at for at, each in enumerate(self._engines) if each.lost is None} - {home}
-            if len(tried) >= TRIES and engine.lost is None:
-                for at in tried:
-                    self._engines[at].failures = max(0, self._engines[at].failures - 1)
-                return False
-            if not others - tried:
+            others = {at for at, each in enumerate(self._engines) if each.lost is None} - tried
+            if (len(tried) >= TRIES and engine.lost is None) or not others:
+                for at in tried - {home}:
+                    self._acquit(self._engines[at])
                 return False
             engine.failures += 1
             if engine.failures >= FAILURES_IN_A_ROW and engine.lost is None:
-                engine.lost = f"left out: {why}"
+                engine.lost, engine.left_out = f"left out: {why}", True
                 self._news.append(
                     f"an engine gets no more trials: {engine.failures} failed there one after "
                     f"another, the last with: {why}"
@@ -209,8 +236,19 @@ class Dispatcher(Roster, Verdicts):
             self._changed.notify_all()
             return True
 
-    async def tried_storage(self, why: str | None) -> None:
+    def _acquit(self, engine: _Engine) -> None:
+        """Take back that a trial failed at an engine: it failed elsewhere as well."""
+        engine.failures = max(0, engine.failures - 1)
+        if engine.left_out and engine.failures < FAILURES_IN_A_ROW:
+            engine.lost, engine.left_out = None, False
+            self._news.append("the engine that was left out gets trials again: they were to blame")
+
+    async def tried_storage(self, engine: str, why: str | None) -> None:
         """Hear from an engine that storage fails, or (None) that it works again."""
+        if why is None:
+            self._failing.discard(engine)
+        else:
+            self._failing.add(engine)
         # By the clock of this machine, which is the driver's.
         self._attempts.append((time.time(), why))
 
@@ -290,24 +328,67 @@ class Dispatcher(Roster, Verdicts):
         except TimeoutError:
             return None
 
+    @staticmethod
+    def _kill(handle: Any) -> None:
+        """End an engine that was given up: Ray would start it again and again."""
+        import ray
+
+        ray.kill(handle)
+
+    def _watch_start(self, at: int) -> None:
+        engine = self._engines[at]
+        if not engine.watched and engine.lost is None:
+            engine.watched = True
+            self._watches = [watch for watch in self._watches if not watch.done()]
+            self._watches.append(asyncio.create_task(self._watch(at)))
+
     async def _watch(self, at: int) -> None:
-        """Open an engine to trials when it has started."""
+        """Open an engine to trials when it has started; give up one that dies again and again."""
         from ray.exceptions import ActorDiedError, ActorUnschedulableError, RayActorError
 
-        engine = self._engines[at]
+        engine, first = self._engines[at], None
         while True:
             try:
                 await engine.handle.ready.remote()
             except (ActorDiedError, ActorUnschedulableError) as error:
                 await self.lost(at, death_of(error))
                 return
-            except RayActorError:
-                await asyncio.sleep(0.2)  # it is being started again
+            except RayActorError as error:
+                now = time.monotonic()
+                first = now if first is None else first
+                if now - first > START_PATIENCE:
+                    why = f"its process dies whenever it is started: {death_of(error)}"
+                    await self.lost(at, why)
+                    self._kill(engine.handle)
+                    return
+                await asyncio.sleep(START_PAUSE)  # it is being started again
             else:
                 break
+        engine.watched = False
         async with self._changed:
             engine.up = True
             self._changed.notify_all()
+
+
+def ask(dispatcher: Any, method: str, *arguments: Any, **named: Any) -> Any:
+    """Return what a dispatcher answers, for a process that may wait for it.
+
+    Raises
+    ------
+    DispatcherError
+        When its process is gone.
+    Exception
+        What was raised there.
+    """
+    import ray
+    from ray.exceptions import RayActorError, RayTaskError
+
+    try:
+        return ray.get(getattr(dispatcher, method).remote(*arguments, **named))
+    except RayActorError as error:
+        raise DispatcherError(f"the dispatcher is gone: {death_of(error)}") from error
+    except RayTaskError as error:
+        raise error.cause from error
 
 
 async def _quietly(reference: Any) -> Any:

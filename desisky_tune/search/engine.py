@@ -218,7 +218,7 @@ class Engine:
             desk.started.remote(f"{name}:{os.getpid()}")
             if backend is None:
                 work, arrays = ray.get(desk.rows.remote()).get()
-                backend = make_backend(device, slots, work, arrays, EngineStorage(desk))
+                backend = make_backend(device, slots, work, arrays, EngineStorage(desk, name))
         assert backend is not None
         self._name = name
         self._slots = slots

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from desisky_tune.search.backend import Assignment, Progress, stopped_by
-from desisky_tune.search.dispatch import death_of
+from desisky_tune.search.dispatch import ask, death_of
 
 #: Seconds between two looks at an engine that is being started again.
 RESTART_PAUSE = 0.2
@@ -50,8 +50,10 @@ class EngineBackend:
         ------
         EngineError
             When no engine is left.
+        DispatcherError
+            When the dispatcher's process is gone.
         OSError
-            When the engine cannot write the trial's files.
+            When the engine cannot write the trial's files, nor another one.
         """
         from ray.exceptions import ActorDiedError, ActorUnschedulableError, RayActorError
 
@@ -62,9 +64,7 @@ class EngineBackend:
             alone = False
             try:
                 if self._engine is None:
-                    self._home, self._engine = self._call(
-                        self._dispatcher.place.remote(trial.number)
-                    )
+                    self._home, self._engine = ask(self._dispatcher, "place", trial.number)
                     self._ask("register", trial)
                 if self._suspect:
                     alone = self._ask("turn", trial.number)
@@ -76,6 +76,10 @@ class EngineBackend:
                             continue
                         return self._reached(progress)
                 self._ask("register", trial)
+            except OSError as error:
+                # A full disk of its machine, or the storage of all.
+                if not self._goes_elsewhere(f"{type(error).__name__}: {error}", storage=True):
+                    raise
             except (RayActorError, ActorUnschedulableError) as error:
                 self._deaths += alone
                 if alone and self._goes_elsewhere(death_of(error)):
@@ -90,15 +94,17 @@ class EngineBackend:
                     )
                 self._suspect = True
                 # A node that has gone takes its engine along: it cannot be started again.
+                # Or it dies at each start, and the dispatcher has given it up: ask where to go.
+                self._engine = None
                 if isinstance(error, ActorDiedError | ActorUnschedulableError):
-                    self._call(self._dispatcher.lost.remote(self._home, death_of(error)))
-                    self._engine = None
+                    ask(self._dispatcher, "lost", self._home, death_of(error))
                 else:
+                    self._dispatcher.died.remote(self._home)
                     time.sleep(RESTART_PAUSE)
 
-    def _goes_elsewhere(self, why: str) -> bool:
+    def _goes_elsewhere(self, why: str, *, storage: bool = False) -> bool:
         """Return whether a trial that failed here is to be tried at another engine."""
-        moves = bool(self._call(self._dispatcher.failed.remote(self._number, why)))
+        moves = bool(ask(self._dispatcher, "failed", self._number, why, storage=storage))
         if moves:
             self._engine = None
         return moves
@@ -112,16 +118,12 @@ class EngineBackend:
         """Leave it to the driver, which ends the lease of every trial (`Dispatcher.ended`)."""
 
     def _ask(self, method: str, *arguments: Any) -> Any:
-        return self._call(getattr(self._engine, method).remote(*arguments))
-
-    @staticmethod
-    def _call(reference: Any) -> Any:
-        """Return an actor's answer, or raise what was raised there."""
+        """Return the engine's answer, or raise what was raised there."""
         import ray
         from ray.exceptions import RayTaskError
 
         try:
-            return ray.get(reference)
+            return ray.get(getattr(self._engine, method).remote(*arguments))
         except RayTaskError as error:
             raise error.cause from error
 

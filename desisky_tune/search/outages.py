@@ -31,18 +31,21 @@ class EngineStorage:
     ----------
     dispatcher
         Handle of the `desisky_tune.search.dispatch.Dispatcher`.
+    engine
+        The engine's name.
     """
 
-    def __init__(self, dispatcher: Any) -> None:
+    def __init__(self, dispatcher: Any, engine: str) -> None:
         self._dispatcher = dispatcher
+        self._engine = engine
 
     def failed(self, why: str) -> None:
         """Pass on that an attempt failed."""
-        self._dispatcher.tried_storage.remote(why)
+        self._dispatcher.tried_storage.remote(self._engine, why)
 
     def worked(self) -> None:
         """Pass on that one succeeded after it had failed."""
-        self._dispatcher.tried_storage.remote(None)
+        self._dispatcher.tried_storage.remote(self._engine, None)
 
 
 class Outages:

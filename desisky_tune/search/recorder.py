@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback, Stopper
 
-from desisky_tune.errors import EngineError, StorageError
+from desisky_tune.errors import DispatcherError, EngineError, StorageError
 from desisky_tune.search.events import Event, EventSink, Note, TrialFinished, TrialReported
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.local import sweep
@@ -29,6 +29,12 @@ from desisky_tune.search.stopping import StopRequest
 
 #: Trials that may fail one after another, before any has completed, until a search gives up.
 FAILURES_IN_A_ROW = 8
+
+#: Trials that may raise or lose their process one after another, whatever came before.
+ERRORS_IN_A_ROW = 16
+
+#: What is the fault of no trial, and ends a session.
+MachineFault = StorageError | EngineError | DispatcherError
 
 
 class Recorder(Callback):
@@ -90,11 +96,11 @@ class Recorder(Callback):
         self._stop = stop or StopRequest()
         self._outages = outages
         self._told_of_stop = False
-        self.failures_in_a_row = 0
+        self.failures_in_a_row = self.errors_in_a_row = 0
         #: Numbers of the trials whose process died and that may be tried once more.
         self.died: set[int] = set()
         #: Why nothing more can be written, which ends the session; None while all is well.
-        self.broken: StorageError | EngineError | None = None
+        self.broken: MachineFault | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the watcher: Ray Tune pickles its callbacks to disk."""
@@ -107,7 +113,13 @@ class Recorder(Callback):
 
     @property
     def gives_up(self) -> bool:
-        """Whether trials failed one after another, and none has given a figure."""
+        """Whether trials failed one after another: nothing can be hoped of the others.
+
+        Before one has given a figure any failure counts; after that those that raised or lost
+        their process, and not those that diverged.
+        """
+        if self.errors_in_a_row >= ERRORS_IN_A_ROW:
+            return True
         good = any(record.state != "FAIL" for record in self._records.values())
         return not good and self.failures_in_a_row >= FAILURES_IN_A_ROW
 
@@ -118,8 +130,7 @@ class Recorder(Callback):
         self._stop.began(number)
         if number not in self._started:
             self._started.add(number)
-            with self._keeping_faults():
-                self._patiently(lambda: self._folder.note_started(number, configuration))
+            self._written(lambda: self._folder.note_started(number, configuration))
 
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
@@ -141,12 +152,13 @@ class Recorder(Callback):
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Count a death after which Ray Tune starts the trial again by itself.
 
-        Where storage is to blame that would be in vain: the session ends, and waits for it.
+        Where storage is to blame, or the dispatcher is gone, that would be in vain: the session
+        ends.
         """
         number, _ = _identity(trial)
         self._stop.ended(number)
         fault = _machine_fault(_reason(trial))
-        if isinstance(fault, StorageError):
+        if isinstance(fault, StorageError | DispatcherError):
             self.broken = self.broken or fault
         else:
             self._deaths[number] += 1
@@ -203,13 +215,17 @@ class Recorder(Callback):
             )
         return self._stop.is_due or self.gives_up or self.broken is not None
 
-    @contextmanager
-    def _keeping_faults(self) -> Iterator[None]:
-        """Keep a fault of the storage for who runs the session: Ray Tune would swallow it."""
+    def _written(self, write: Callable[[], object]) -> bool:
+        """Write, and return whether that was done.
+
+        A fault of the storage is kept for who runs the session: Ray Tune would swallow it.
+        """
         try:
-            yield
+            self._patiently(write)
         except OSError as fault:
             self.broken = self.broken or StorageError(str(fault))
+            return False
+        return True
 
     def _record(self, trial: Any, result: Mapping[str, Any], *, reason: str | None) -> None:
         number, configuration = _identity(trial)
@@ -225,14 +241,13 @@ class Recorder(Callback):
             started=self._clock.get(number, time.time()),
             ended=time.time(),
         )
-        with self._keeping_faults():
-            self._patiently(lambda: self._keep(record))
-        if self.broken is not None:
+        if not self._written(lambda: self._keep(record)):
             return
         self._records[number] = record
         with suppress(OSError):  # the next one removes what this one could not
             sweep(self._folder.trials, self._records.values())
         self.failures_in_a_row = self.failures_in_a_row + 1 if record.state == "FAIL" else 0
+        self.errors_in_a_row = self.errors_in_a_row + 1 if reason else 0
         self._emit(
             TrialFinished(record, len(self._records), self._total, best_record(self.records))
         )
@@ -277,8 +292,10 @@ def _said_by(trial: Any) -> str:
     return str((trial.get_error() if hasattr(trial, "get_error") else None) or "")
 
 
-def _machine_fault(reason: str) -> StorageError | EngineError | None:
+def _machine_fault(reason: str) -> MachineFault | None:
     """Return a fault of the machine that the reason of a trial tells of."""
+    if (found := re.search(r"DispatcherError: (.*)", reason)) is not None:
+        return DispatcherError(found[1])
     if (found := re.search(r"EngineError: (.*)", reason)) is not None:
         return EngineError(found[1])
     if (found := re.search(r"StorageError: (.*)|(\[Errno \d+\].*)", reason)) is not None:

@@ -96,10 +96,12 @@ def run_stage(
     ------
     EngineError
         When no engine could be started, or started again.
+    DispatcherError
+        When the process that spreads trials over engines is lost again and again.
     RunError
         When not one trial fits on what Ray has.
     SearchError
-        When every trial failed, or they failed one after another from the first on.
+        When every trial failed, or they failed one after another.
     SearchInterrupted
         On SIGTERM and Ctrl-C, or when the time limit ended the search without a complete
         trial.
@@ -112,7 +114,14 @@ def run_stage(
     deaths: Counter[int] = Counter()
     told: list[SessionFigures] = []
     outages = Outages(emit)
-    restarts = Restarts(folder, emit, stop, outages)
+    restarts = Restarts(
+        folder,
+        emit,
+        stop,
+        outages,
+        ledger=stage.ledger,
+        nodes_come=not local and run.spec.resources.workers is not None,
+    )
     first = True
     while True:
         try:
@@ -144,6 +153,15 @@ def run_stage(
             )
         if stop.asked is not None:
             break
+        if unfinished and recorder.gives_up:
+            with suppress(StorageError):  # a resume writes it
+                stage.conclude(records)
+            last = max(records, key=lambda record: record.ended)
+            raise SearchError(
+                f"{recorder.errors_in_a_row} trials failed one after another, the last with: "
+                f"{last.reason}; {trials - unfinished} of {trials} are done, and "
+                f"'desisky-tune resume {folder.place}' goes on with the rest"
+            )
         if not unfinished:
             if study_written:
                 return told

@@ -15,8 +15,9 @@ from typing import Any
 
 from ray import tune
 
-from desisky_tune.errors import EngineError
+from desisky_tune.errors import DispatcherError, EngineError
 from desisky_tune.search.backend import Assignment, Backend, Member, stopped_by
+from desisky_tune.search.dispatch import ask
 from desisky_tune.search.verdicts import GO, STOP
 
 #: Seconds that a first result waits for the other trial processes to start.
@@ -80,26 +81,22 @@ class SearchTrial(tune.Trainable):
 
         An exception in the backend ends this trial, with the reason in its result,
         and not the process: the same configuration would raise again. A fault of the
-        machine (a full disk, engines that are gone) is none of the trial's: it is raised.
+        machine (a full disk, engines or the dispatcher that are gone) is none of the trial's:
+        it is raised.
         """
         if self._judge is not None and self._reached is not None:
-            import ray
-
-            number = self._assignment.number
-            verdict = ray.get(self._judge.verdict.remote(number, self._epochs))
+            verdict = ask(self._judge, "verdict", self._assignment.number, self._epochs)
             if verdict != GO:
                 return {**self._reached, "done": verdict == STOP}
         target = next(rung for rung in self._plan.rungs if rung > self._epochs)
         try:
             progress = self._backend.advance(self._assignment, target)
-        except (OSError, EngineError):
+        except (OSError, EngineError, DispatcherError):
             raise
         except Exception as error:
             progress = stopped_by(error, self._epochs)
         if self._roster is not None:
-            import ray
-
-            ray.get(self._roster.wait.remote(ROSTER_PATIENCE))
+            ask(self._roster, "wait", ROSTER_PATIENCE)
             self._roster = None
         self._epochs = progress.epochs
         done = progress.ends_at(self._plan.rungs[-1])

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorUnavailableError
 from searches import RANDOM, assert_nothing_lost, assert_the_same, search, spec_of
 
-from desisky_tune.search.dispatch import FAILURES_IN_A_ROW, Dispatcher
+from desisky_tune.errors import DispatcherError
+from desisky_tune.search import dispatch
+from desisky_tune.search.backend import Assignment, Progress
+from desisky_tune.search.dispatch import FAILURES_IN_A_ROW, TRIES, Dispatcher
+from desisky_tune.search.engine import Engine
+from desisky_tune.search.engine_client import EngineBackend
 from desisky_tune.search.records import TrialRecord
 
 ONE = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 100 * 1024**2}
@@ -95,17 +103,175 @@ def test_an_engine_at_which_trials_fail_one_after_another_is_left_out() -> None:
 
 def test_a_trial_that_fails_everywhere_is_to_blame_itself() -> None:
     async def scene() -> None:
-        made, _ = await dispatcher(3)
+        made, _ = await dispatcher(TRIES)
         for number in range(4 * FAILURES_IN_A_ROW):
-            await made.place(number)
-            assert await made.failed(number, "ValueError: no")
+            for _ in range(TRIES - 1):
+                await made.place(number)
+                assert await made.failed(number, "ValueError: no")
             await made.place(number)
             assert not await made.failed(number, "ValueError: no")
             await made.ended(number)
         assert made._news == []
         assert all(engine.lost is None for engine in made._engines)
+        assert all(engine.failures == 0 for engine in made._engines)
 
     asyncio.run(scene())
+
+
+def test_an_engine_that_was_left_out_for_trials_that_are_to_blame_is_taken_back() -> None:
+    """All fail at the first engine before any of them has failed at the second."""
+
+    async def scene() -> None:
+        made, _ = await dispatcher(2)
+        homes = {number: (await made.place(number))[0] for number in range(6)}
+        first = [number for number, home in homes.items() if home == 0]
+        assert len(first) == FAILURES_IN_A_ROW
+        for number in first:
+            assert await made.failed(number, "ValueError: no")
+        assert made._engines[0].lost is not None
+        for number in first:
+            assert (await made.place(number))[0] == 1
+            assert not await made.failed(number, "ValueError: no")
+            await made.ended(number)
+        assert made._engines[0].lost is None
+        assert (await made.place(7))[0] == 0
+
+    asyncio.run(scene())
+
+
+def test_two_bad_nodes_of_four_are_left_out_and_no_trial_fails() -> None:
+    async def scene() -> None:
+        made, _ = await dispatcher(4)
+        for number in range(40):
+            while (await made.place(number))[0] in (0, 1):
+                assert await made.failed(number, "no CUDA device")
+            await made.ended(number, well=True)
+        assert [engine.left_out for engine in made._engines] == [True, True, False, False]
+
+    asyncio.run(scene())
+
+
+def test_a_full_disk_is_its_nodes_fault_while_the_others_can_write() -> None:
+    async def scene() -> None:
+        made, _ = await dispatcher(2)
+        assert (await made.place(0))[0] == 0
+        await made.tried_storage("cpu-0", "no space left")
+        assert await made.failed(0, "no space left", storage=True)
+        assert (await made.place(0))[0] == 1
+        await made.ended(0, well=True)
+        # Now the other one as well: it is the storage of all, and nobody is to blame.
+        await made.tried_storage("cpu-1", "no space left")
+        assert (await made.place(1))[0] == 0
+        assert not await made.failed(1, "no space left", storage=True)
+        await made.tried_storage("cpu-0", None)
+        assert await made.failed(1, "no space left", storage=True)
+
+    asyncio.run(scene())
+
+
+class Dying(FakeEngine):
+    """An engine whose process dies whenever it is started."""
+
+    class _Dead:
+        def remote(self) -> Any:
+            answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+            answer.set_exception(ActorUnavailableError("The actor is restarting.", None))
+            return answer
+
+    ready = _Dead()
+
+
+def test_an_engine_that_dies_at_each_start_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "START_PATIENCE", 0.0)
+    monkeypatch.setattr(dispatch, "START_PAUSE", 0.0)
+    killed: list[Any] = []
+    monkeypatch.setattr(Dispatcher, "_kill", staticmethod(killed.append))
+
+    async def scene() -> None:
+        made, (good,) = await dispatcher(1)
+        dying = Dying()
+        await made.add([(dying, 9)])
+        await asyncio.wait_for(asyncio.gather(*made._watches), 10.0)
+        assert killed == [dying]
+        assert "dies whenever it is started" in str(made._engines[1].lost)
+        (said,) = made._news
+        assert "dies whenever it is started" in said
+        # One whose process dies later is not given trials until it is up again.
+        made._engines[0].handle = dying
+        await made.died(0)
+        waiting = asyncio.create_task(made.place(3))
+        made._engines[0].handle = good
+        await asyncio.wait_for(asyncio.gather(*made._watches), 10.0)
+        assert (await asyncio.wait_for(waiting, 10.0))[0] == 0
+
+    asyncio.run(scene())
+
+
+class FullDisk:
+    """A backend whose machine cannot write."""
+
+    lanes = room = 1
+
+    def advance(self, trial: Assignment, epochs: int) -> Progress:
+        raise OSError(28, "No space left on device")
+
+    def release(self, trial: Assignment) -> None:
+        """Keep nothing."""
+
+
+class Fine(FullDisk):
+    """A backend that trains at once."""
+
+    def advance(self, trial: Assignment, epochs: int) -> Progress:
+        return Progress(epochs, 1 / epochs, epochs - 1, {}, 0.0, 0.0, 0.0)
+
+
+@contextmanager
+def running(ray: Any, *backends: Any) -> Iterator[Any]:
+    """A dispatcher with an engine for each backend, all of them up."""
+    # The classes travel whole: a worker knows nothing of this file.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    desk = ray.remote(Dispatcher).options(num_cpus=0).remote(1)
+    actor = ray.remote(Engine).options(num_cpus=0)
+    engines = [
+        actor.remote(f"cpu-{at}", "cpu", 1, "run", None, None, backend)
+        for at, backend in enumerate(backends)
+    ]
+    try:
+        ray.get(desk.add.remote([(engine, 3) for engine in engines]))
+        ray.get([engine.ready.remote() for engine in engines])
+        yield desk
+    finally:
+        for actor in (desk, *engines):
+            ray.kill(actor)
+        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def test_trials_of_a_node_with_a_full_disk_go_elsewhere(ray_instance: Any) -> None:
+    with running(ray_instance, FullDisk(), Fine()) as desk:
+        for number in range(6):
+            progress = EngineBackend(desk).advance(Assignment(number, {"width": 8}, seed=0), 9)
+            assert (progress.epochs, progress.reason) == (9, None)
+            ray_instance.get(desk.ended.remote(number, well=True))
+        _, said, _ = ray_instance.get(desk.news.remote())
+    (left_out,) = said
+    assert "gets no more trials" in left_out
+    assert "No space left on device" in left_out
+
+
+def test_a_full_disk_of_the_only_engine_is_raised(ray_instance: Any) -> None:
+    with (
+        running(ray_instance, FullDisk()) as desk,
+        pytest.raises(OSError, match="No space left on device"),
+    ):
+        EngineBackend(desk).advance(Assignment(0, {"width": 8}, seed=0), 9)
+
+
+def test_a_dispatcher_that_is_gone_is_no_fault_of_a_trials(ray_instance: Any) -> None:
+    with running(ray_instance, Fine()) as desk:
+        ray_instance.kill(desk)
+        with pytest.raises(DispatcherError, match="the dispatcher is gone"):
+            EngineBackend(desk).advance(Assignment(0, {"width": 8}, seed=0), 9)
 
 
 def test_one_good_trial_clears_an_engine() -> None:

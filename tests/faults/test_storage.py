@@ -4,8 +4,10 @@ even to root."""
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,16 +15,22 @@ from typing import Any
 import pytest
 from searches import RANDOM, assert_nothing_lost, assert_the_same, spec_of
 
-from desisky_tune.errors import RESUME_ME, StorageError, StorageLostError
+from desisky_tune.errors import (
+    RESUME_ME,
+    DispatcherError,
+    EngineError,
+    StorageError,
+    StorageLostError,
+)
 from desisky_tune.search import patience
 from desisky_tune.search.dispatch import Dispatcher
-from desisky_tune.search.events import Event, StorageChanged, TrialReported
+from desisky_tune.search.events import Event, StorageChanged, TrialFinished, TrialReported
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.outages import LATE, Outages
 from desisky_tune.search.patience import check_storage, patiently
-from desisky_tune.search.recorder import Recorder
-from desisky_tune.search.records import TrialRecord
-from desisky_tune.search.restarts import Restarts
+from desisky_tune.search.recorder import ERRORS_IN_A_ROW, Recorder
+from desisky_tune.search.records import Ledger, TrialRecord
+from desisky_tune.search.restarts import FRUITLESS_RESTARTS, Restarts
 from desisky_tune.search.run import resume_search, run_search
 from desisky_tune.search.stopping import StopRequest
 
@@ -98,15 +106,19 @@ def test_a_search_waits_for_storage_and_ends_only_when_it_does_not_come_back(
 
 
 @pytest.mark.parametrize(
-    ("said", "ends"),
+    ("said", "fault"),
     [
-        ("ray::train()\ndesisky_tune.errors.StorageError: cannot write 3.state: no space", True),
-        ("ray::train()\nOSError: [Errno 5] Input/output error", True),
-        ("The actor died unexpectedly before finishing this task.", False),
+        (
+            "ray::train()\ndesisky_tune.errors.StorageError: cannot write 3.state: no space",
+            StorageError,
+        ),
+        ("ray::train()\nOSError: [Errno 5] Input/output error", StorageError),
+        ("ray::train()\ndesisky_tune.errors.DispatcherError: it is gone", DispatcherError),
+        ("The actor died unexpectedly before finishing this task.", None),
     ],
 )
-def test_a_trial_that_storage_failed_is_not_tried_at_once_again(
-    tmp_path: Path, said: str, ends: bool
+def test_a_trial_that_the_machine_failed_is_not_tried_at_once_again(
+    tmp_path: Path, said: str, fault: type[Exception] | None
 ) -> None:
     error_file = tmp_path / "error.txt"
     error_file.write_text(f"Failure # 1 (occurred at 2021-05-04)\n{said}\n")
@@ -117,10 +129,90 @@ def test_a_trial_that_storage_failed_is_not_tried_at_once_again(
         emit=[].append,
     )  # fmt: skip
     recorder.on_trial_recover(0, [], trial)
-    assert recorder.has_to_end() == ends
-    assert isinstance(recorder.broken, StorageError) == ends
+    assert recorder.has_to_end() == (fault is not None)
+    assert recorder.broken is None if fault is None else isinstance(recorder.broken, fault)
     # It is none of the trial's own deaths, of which it has few.
-    assert deaths[3] == (0 if ends else 1)
+    assert deaths[3] == (1 if fault is None else 0)
+
+
+def test_a_trial_that_ends_beside_anothers_fault_is_recorded_and_told(tmp_path: Path) -> None:
+    (tmp_path / "search.json").write_text("{}")
+    said: list[Event] = []
+    recorder = recorder_of(tmp_path, said)
+    recorder.broken = StorageError("cannot write 3.state: no space")
+    recorder.on_trial_complete(0, [], trial_with(4, reason="ValueError: no"))
+    assert [event.record.number for event in said if isinstance(event, TrialFinished)] == [4]
+    assert [record.number for record in recorder.records] == [4]
+
+
+@pytest.mark.parametrize(
+    ("result", "ends"), [({"reason": "ValueError: no"}, True), ({"objective": math.nan}, False)]
+)
+def test_trials_that_raise_one_after_another_end_a_search_that_had_good_ones(
+    tmp_path: Path, result: dict[str, Any], ends: bool
+) -> None:
+    (tmp_path / "search.json").write_text("{}")
+    recorder = recorder_of(tmp_path, [])
+    recorder.on_trial_complete(0, [], trial_with(0, objective=0.5))
+    for number in range(1, ERRORS_IN_A_ROW):
+        recorder.on_trial_complete(0, [], trial_with(number, **result))
+    assert not recorder.has_to_end()
+    recorder.on_trial_complete(0, [], trial_with(ERRORS_IN_A_ROW, **result))
+    assert recorder.has_to_end() == ends
+    assert [record.state for record in recorder.records][1:] == ["FAIL"] * ERRORS_IN_A_ROW
+
+
+def recorder_of(folder: Path, said: list[Event]) -> Recorder:
+    return Recorder(
+        RunFolder(folder), [], total=99, max_epochs=9, max_deaths=2, deaths=Counter(), seed=0,
+        emit=said.append,
+    )  # fmt: skip
+
+
+def trial_with(number: int, objective: float = math.nan, reason: str | None = None) -> Any:
+    """A trial of Ray Tune that has come to its end."""
+    result = {
+        "epochs": 9,
+        "objective": objective,
+        "reason": reason,
+        "rmse": {"V": 0.5, "g": 0.5, "r": 0.5, "z": 0.5},
+        "best_epoch": 3,
+        "train_loss": 0.1,
+        "test_loss": 0.1,
+        "seconds": 1.0,
+    }
+    config = {"trial": number, "width": 8, "depth": 1}
+    return SimpleNamespace(config=config, last_result=result)
+
+
+@pytest.mark.parametrize("nodes_come", [False, True])
+def test_a_search_without_engines_waits_for_nodes_where_they_come(
+    tmp_path: Path, nodes_come: bool
+) -> None:
+    said: list[Event] = []
+    restarts = Restarts(
+        RunFolder(tmp_path), said.append, StopRequest(), Outages(said.append), nodes_come=nodes_come
+    )
+    fault = EngineError("no engine is left to train on")
+    for _ in range(FRUITLESS_RESTARTS if nodes_come else 0):
+        restarts.after(fault)
+    assert len(said) == (FRUITLESS_RESTARTS if nodes_come else 0)
+    with pytest.raises(EngineError, match=r"no engine is left.*desisky-tune resume"):
+        restarts.after(fault)
+
+
+def test_progress_of_finalists_is_progress(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "finalists.jsonl")
+    recorder = recorder_of(tmp_path, [])
+    (tmp_path / "search.json").write_text("{}")
+    recorder.on_trial_complete(0, [], trial_with(0, objective=0.5))
+    (record,) = recorder.records
+    restarts = Restarts(
+        RunFolder(tmp_path), [].append, StopRequest(), Outages([].append), ledger=ledger.path
+    )
+    for number in range(3 * FRUITLESS_RESTARTS):
+        ledger.append(replace(record, number=number))
+        restarts.after(DispatcherError("gone"))
 
 
 @pytest.mark.parametrize(
@@ -241,8 +333,8 @@ def test_the_next_outage_is_another_one() -> None:
 def test_the_dispatcher_hands_on_what_engines_met_once() -> None:
     async def scene() -> None:
         made = Dispatcher(expected=1)
-        await made.tried_storage("disk full")
-        await made.tried_storage(None)
+        await made.tried_storage("cpu-0", "disk full")
+        await made.tried_storage("cpu-0", None)
         _, _, attempts = await made.news()
         assert [why for _, why in attempts] == ["disk full", None]
         (began, _), (ended, _) = attempts
