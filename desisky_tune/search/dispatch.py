@@ -210,12 +210,12 @@ class Dispatcher(Roster, Verdicts):
         out that they were to blame. The last one is never left out: then the trials fail, and
         the search ends by itself.
 
-        Files that cannot be written (`storage`) are the machine's fault as long as no other
-        engine meets the same: else it is the storage's, and is to be waited for.
+        Files that cannot be written (`storage`) are the machine's fault unless most engines meet
+        the same: then it is the storage's, and is to be waited for.
         """
         async with self._changed:
             home = self._homes.get(number)
-            if home is None or (storage and len(self._failing) > 1):
+            if home is None or (storage and self._storage_fails):
                 return False
             engine, tried = self._engines[home], self._tried.setdefault(number, set())
             tried.add(home)
@@ -227,6 +227,10 @@ class Dispatcher(Roster, Verdicts):
             engine.failures += 1
             if engine.failures >= FAILURES_IN_A_ROW and engine.lost is None:
                 engine.lost, engine.left_out = f"left out: {why}", True
+                if storage and len(self._failing) == 1:
+                    # It will not say that it can write again.
+                    self._failing.clear()
+                    self._attempts.append((time.time(), None))
                 self._news.append(
                     f"an engine gets no more trials: {engine.failures} failed there one after "
                     f"another, the last with: {why}"
@@ -235,6 +239,11 @@ class Dispatcher(Roster, Verdicts):
             self._let_go(engine, number)
             self._changed.notify_all()
             return True
+
+    @property
+    def _storage_fails(self) -> bool:
+        """Whether it is not one machine that cannot write."""
+        return len(self._failing) > max(1, len(self._engines) // 2)
 
     def _acquit(self, engine: _Engine) -> None:
         """Take back that a trial failed at an engine: it failed elsewhere as well."""

@@ -169,6 +169,20 @@ def test_a_full_disk_is_its_nodes_fault_while_the_others_can_write() -> None:
     asyncio.run(scene())
 
 
+def test_an_engine_that_is_left_out_for_its_disk_is_no_outage_any_more() -> None:
+    async def scene() -> None:
+        made, _ = await dispatcher(2)
+        await made.tried_storage("cpu-0", "no space left")
+        for number in range(FAILURES_IN_A_ROW):
+            assert (await made.place(number))[0] == 0
+            assert await made.failed(number, "no space left", storage=True)
+            await made.ended(number)
+        _, _, attempts = await made.news()
+        assert [why for _, why in attempts] == ["no space left", None]
+
+    asyncio.run(scene())
+
+
 class Dying(FakeEngine):
     """An engine whose process dies whenever it is started."""
 
