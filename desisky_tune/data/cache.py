@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from desisky_tune.data.parquet import read_parquet
 from desisky_tune.files import atomic_path
 
 if TYPE_CHECKING:
@@ -63,11 +64,10 @@ def read_cached(
 ) -> tuple[pd.DataFrame, dict[str, Any]] | None:
     """Return a kept table and its provenance, or None where there is none that reads."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     path = cache_folder(cache_dir) / f"{key}.parquet"
     try:
-        table = pq.read_table(path)
+        table = read_parquet(path)
         provenance = json.loads(table.schema.metadata[_PROVENANCE])
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
         # A damaged entry costs no more than making the table again.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from desisky_tune.data.columns import TARGETS
 from desisky_tune.data.fits import FITS_SUFFIXES, check_readable, read_fits_table
 from desisky_tune.data.names import V_DERIVED_COLUMN
+from desisky_tune.data.parquet import read_parquet
 from desisky_tune.errors import DataError
 from desisky_tune.files import atomic_path
 
@@ -126,10 +127,11 @@ def _read_ecsv(file: Path) -> pd.DataFrame:
 
 def _read_parquet(file: Path) -> pd.DataFrame:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(file).to_pandas()
+        return read_parquet(file).to_pandas()
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from error
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{file}: not a Parquet table, or truncated ({_one_line(error)})"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from desisky_tune.data.columns import BANDS, EXPOSURE_ID, NIGHT
+from desisky_tune.data.parquet import read_parquet
 from desisky_tune.data.remote import is_url, local_copy
 from desisky_tune.errors import CheckpointError, MissingFileError, RunError, SpaceError
 from desisky_tune.files import sha256_file
@@ -236,10 +237,8 @@ def _seen(
 
 
 def _nights(folder: RunFolder) -> dict[int, int]:
-    import pandas as pd
-
     try:
-        frame = pd.read_parquet(folder.features, columns=[EXPOSURE_ID, NIGHT])
+        frame = read_parquet(folder.features, columns=[EXPOSURE_ID, NIGHT]).to_pandas()
     except (OSError, ValueError) as error:
         raise RunError(f"{folder.features} cannot be read: {error}") from error
     return dict(zip(frame[EXPOSURE_ID].tolist(), frame[NIGHT].tolist(), strict=True))

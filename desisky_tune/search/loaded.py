@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from desisky_tune.data.columns import EXPOSURE_ID, NIGHT
+from desisky_tune.data.parquet import read_parquet
 from desisky_tune.errors import RunError
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.records import Ledger, TrialRecord, best_record
@@ -76,14 +77,12 @@ class LoadedRun:
         RunError
             When `part` is another one, or the table is missing or not the run's.
         """
-        import pandas as pd
-
         if part not in READABLE_PARTS:
             raise RunError(f"rows of {part!r}: a run gives those of {', '.join(READABLE_PARTS)}")
         features = RunFolder(self.path).features
         wanted = self.search["split"][part]
         try:
-            frame = pd.read_parquet(features, filters=[(EXPOSURE_ID, "in", wanted)])
+            frame = read_parquet(features, filters=[(EXPOSURE_ID, "in", wanted)]).to_pandas()
         except (OSError, ValueError) as error:
             raise RunError(f"{features} cannot be read: {error}") from error
         if sorted(frame[EXPOSURE_ID]) != sorted(wanted):
@@ -111,7 +110,7 @@ class LoadedRun:
         if not path.exists():
             return None
         try:
-            predictions = pd.read_parquet(path).drop(columns=NIGHT)
+            predictions = read_parquet(path).to_pandas().drop(columns=NIGHT)
         except (OSError, ValueError, KeyError) as error:
             raise RunError(f"{path} cannot be read: {error}") from error
         rows = pd.concat([self.rows(part) for part in READABLE_PARTS])

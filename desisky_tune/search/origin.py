@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from desisky_tune.data.features import FeatureTable, fingerprint
+from desisky_tune.data.parquet import read_parquet
 from desisky_tune.data.splits import Split
 from desisky_tune.errors import RunError
 from desisky_tune.files import atomic_path
@@ -94,11 +95,9 @@ def read_table_of(folder: RunFolder, content: Mapping[str, Any]) -> FeatureTable
     RunError
         When it is missing, or its rows are not those that `search.json` records.
     """
-    import pandas as pd
-
     provenance = dict(content["data"])
     try:
-        frame = pd.read_parquet(folder.features)
+        frame = read_parquet(folder.features).to_pandas()
         found = fingerprint(frame)
     except (OSError, ValueError, KeyError) as error:
         raise RunError(f"{folder.features} cannot be read: {error}") from error

@@ -186,15 +186,14 @@ def open_pretraining(run: SearchRun) -> Pretraining | None:
 
 def _simulated_rows(run: SearchRun) -> SearchArrays:
     """Return the run's simulated rows; where they are lost, they are simulated again."""
-    import pandas as pd
-
     from desisky_tune.data.features import FeatureTable
+    from desisky_tune.data.parquet import read_parquet
     from desisky_tune.data.splits import make_folds
 
     path = run.folder.pretrained / SIMULATED_ROWS
     run.folder.fetched(path)
     try:
-        frame = pd.read_parquet(path)
+        frame = read_parquet(path).to_pandas()
     except (OSError, ValueError):
         frame = simulate(run.spec)
     fold = make_folds(frame, np.arange(len(frame)), folds=FOLDS, seed=0)[0]
