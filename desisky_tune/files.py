@@ -109,6 +109,13 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def leads_inside(place: str) -> bool:
+    """Return whether a path with ``/``, relative to a folder, can only lead into it."""
+    return not any(
+        part in ("", ".", "..") or "\\" in part or "\0" in part for part in place.split("/")
+    )
+
+
 def append_line(path: str | os.PathLike[str], line: str) -> None:
     """Append one line to a file and fsync it before returning.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from desisky_tune.errors import StorageError
-from desisky_tune.files import append_line, atomic_open, sha256_file
+from desisky_tune.files import append_line, atomic_open, leads_inside, sha256_file
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -60,3 +60,15 @@ def test_sha256_is_that_of_the_content(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"abc" * 1000)
     assert sha256_file(path) == hashlib.sha256(b"abc" * 1000).hexdigest()
+
+
+@pytest.mark.parametrize("place", ["search.json", "best/a.eqx", "best/..a", "report/a b/.x"])
+def test_a_place_in_a_folder(place: str) -> None:
+    assert leads_inside(place)
+
+
+@pytest.mark.parametrize(
+    "place", ["", "/a", "a/", "a//b", ".", "a/./b", "..", "best/../../a", "best\\..\\a", "a\0b"]
+)
+def test_a_place_that_might_be_outside_a_folder(place: str) -> None:
+    assert not leads_inside(place)

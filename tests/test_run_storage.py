@@ -131,6 +131,39 @@ def test_a_password_in_a_url_is_refused_and_not_shown() -> None:
     assert "secret" not in str(refused.value)
 
 
+def test_an_object_whose_name_leads_out_of_the_run_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+    from fsspec.implementations.memory import MemoryFile
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    files = fsspec.filesystem("memory")
+    run = "/bucket/escape/run"
+    objects = {f"{run}/{name}": b"{}" for name in ("search.json", "best/run.eqx")}
+    outside = {
+        f"{run}/{name}": b"{}\n"
+        for name in (
+            "best/../../../../escaped",
+            "best//escaped",
+            "report/..\\..\\escaped",
+            "ledger/../../escaped",
+            "trials/../escaped.state",
+        )
+    }
+    # As keys, which the storage itself takes literally.
+    for path, content in (objects | outside).items():
+        monkeypatch.setitem(files.store, path, MemoryFile(files, path, content))
+    mirror = RunMirror.of("memory://bucket/escape", "run")
+    mirror.pull()
+    mirror.forget_states([])
+    assert mirror.places() == ["best/run.eqx", "search.json"]
+    assert (mirror.folder / "best" / "run.eqx").read_bytes() == b"{}"
+    assert (mirror.folder / "ledger.jsonl").read_bytes() == b""
+    assert not [path for path in tmp_path.rglob("*") if "escaped" in path.name]
+    assert set(outside) <= set(files.store)
+
+
 def test_what_storage_refuses_is_an_error_that_is_waited_for(tmp_path: Path) -> None:
     (tmp_path / "runs").touch()
     mirror = RunMirror(f"file://{tmp_path}/runs/quick", tmp_path)

@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from desisky_tune.errors import RunError
+from desisky_tune.files import leads_inside
 from desisky_tune.search.folder import RunFolder
 
 #: How a line of a parcel begins.
@@ -48,7 +49,7 @@ LARGEST = 64 * 1024**2
 def is_result(path: str) -> bool:
     """Return whether a path, relative to the run's folder, is one of `RESULTS`."""
     parts = path.split("/")
-    if any(part in ("", ".", "..") or part.startswith(".") or "\\" in part for part in parts):
+    if not leads_inside(path) or any(part.startswith(".") for part in parts):
         return False
     return any(
         len(parts) == pattern.count("/") + 1 and fnmatchcase(path, pattern) for pattern in RESULTS

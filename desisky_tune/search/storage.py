@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from desisky_tune.data.remote import open_storage, refuse_password
 from desisky_tune.errors import RunError, StorageError
-from desisky_tune.files import atomic_path
+from desisky_tune.files import atomic_path, leads_inside
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -146,7 +146,10 @@ class RunMirror:
                 return bytes(stream.read())
 
     def places(self, under: str = "") -> list[str]:
-        """Return the objects of the run, sorted; those below a folder of it."""
+        """Return the objects of the run, sorted; those below a folder of it.
+
+        Whoever may write there chooses the names: one that leads out of the run is left out.
+        """
         from pyarrow.fs import FileSelector, FileType
 
         with self._opened(under, "listed") as (files, root):
@@ -155,7 +158,11 @@ class RunMirror:
                      if info.type == FileType.File]  # fmt: skip
             start = len(root.rstrip("/")) + 1
         prefix = f"{under.rstrip('/')}/" if under else ""
-        return sorted(prefix + path[start:] for path in found if not path.endswith(".part"))
+        return sorted(
+            prefix + path[start:]
+            for path in found
+            if not path.endswith(".part") and leads_inside(path[start:])
+        )
 
     def remove(self, place: str) -> None:
         """Remove an object."""
