@@ -143,6 +143,10 @@ def test_a_url_with_a_password_is_refused_without_showing_it() -> None:
     with pytest.raises(InputError) as refused:
         runs_folder("s3://key:never-to-be-seen@bucket/runs")
     assert "never-to-be-seen" not in str(refused.value)
+    for check in (check_source, runs_folder):
+        with pytest.raises(InputError, match=r"abfs://runs/x: .*parameter 'sig'") as refused:
+            check("abfs://runs/x?sig=never-to-be-seen")
+        assert "never-to-be-seen" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

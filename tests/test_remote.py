@@ -12,7 +12,7 @@ from builders import catalogue_metadata, write_catalogue
 
 from desisky_tune.data.features import load_features, source_path
 from desisky_tune.data.fits import SpectraFile
-from desisky_tune.data.remote import local_copy
+from desisky_tune.data.remote import local_copy, refuse_secrets
 from desisky_tune.data.source import _read_block
 from desisky_tune.errors import DataError, MissingFileError
 
@@ -66,6 +66,8 @@ def test_a_node_without_the_copy_makes_its_own(tmp_path: Path) -> None:
         ("memory://bucket/nothing.csv", MissingFileError, "nothing.csv: no such file"),
         ("unknown://bucket/x.csv", DataError, "unknown"),
         ("s3://key:secret@bucket/x.csv", DataError, "s3://bucket/x.csv: a URL with a user"),
+        ("filecache::ftp://me:secret@host/x.csv", DataError, "filecache::ftp://host/x.csv: a URL"),
+        ("s3://k:secret@host/x.csv?sig=secret", DataError, "s3://host/x.csv: a URL with a user"),
     ],
 )
 def test_what_is_wrong_with_a_url_is_said(url: str, error: type[Exception], message: str) -> None:
@@ -77,3 +79,39 @@ def test_what_is_wrong_with_a_url_is_said(url: str, error: type[Exception], mess
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match="is a folder"):
         local_copy(tmp_path.as_uri())
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "?X-Amz-Signature=hidden",
+        "?X-Amz-Date=20260101&X-Amz-Expires=60&x-amz-meta=hidden",
+        "?X-Goog-Signature=hidden",
+        "?sv=2024-11-04&sr=b&sig=hidden",
+        "?download=1;token=hidden",
+        "?%74oken=hidden",
+        "?from=https%3A%2F%2Fhost%2Fx%3Fapi_key%3Dhidden",
+        "?account_key=hidden",
+        "?client_secret=hidden",
+        "?SAS=hidden",
+        "?Password=hidden",
+        "#access_token=hidden",
+    ],
+)
+def test_a_signed_url_is_refused_without_showing_its_signature(query: str) -> None:
+    with pytest.raises(DataError, match=r"https://host/x\.csv: .* parameter '.*environment") as at:
+        source_path(f"https://host/x.csv{query}")
+    assert "hidden" not in str(at.value)
+    assert "\n" not in str(at.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://host/x.csv?download=1&version=2",
+        "s3://bucket/x.csv?region=us-west-2&endpoint_override=localhost%3A9000",
+        "s3://bucket/key=1/token/x@2.csv",
+    ],
+)
+def test_a_url_without_a_secret_is_taken(url: str) -> None:
+    refuse_secrets(url)

@@ -131,6 +131,18 @@ def test_a_password_in_a_url_is_refused_and_not_shown() -> None:
     assert "secret" not in str(refused.value)
 
 
+@pytest.mark.parametrize("command", ["report", "resume", "leaderboard"])
+def test_a_signature_in_a_runs_url_is_refused_and_not_shown(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(DataError, match="parameter 'sig'"):
+        RunFolder.create("abfs://bucket/runs?sig=hidden", "quick", exact=True)
+    assert main([command, "abfs://bucket/runs/quick?sig=hid/hidden"]) == 2
+    out, err = capsys.readouterr()
+    assert "abfs://bucket/runs/quick: a URL with the parameter 'sig'" in err
+    assert "hid" not in out + err
+
+
 def test_an_object_whose_name_leads_out_of_the_run_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

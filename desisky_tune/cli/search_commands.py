@@ -202,9 +202,10 @@ def report(
 ) -> None:
     """Write a page with the figures of a search and of its winner."""
     from desisky_tune import load_run
-    from desisky_tune.data.remote import is_url
+    from desisky_tune.data.remote import is_url, refuse_secrets
 
     if out is None and is_url(run):
+        refuse_secrets(run)
         raise InputError(f"{run} is on a URL: say with --out in which folder the report is to be")
     page = load_run(run).report(out)
     show(str(page))

@@ -10,9 +10,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from desisky_tune.data.cache import cache_folder
 from desisky_tune.errors import DataError, DesiskyTuneError, MissingFileError, StorageError
@@ -22,6 +23,18 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 _CHUNK = 1 << 20
+
+#: User and password, also in the second of two URLs (``filecache::ftp://...``).
+_USER = re.compile(r"//[^/?#]*@")
+
+#: The name of a query's parameter.
+_PARAMETER = re.compile(r"[?&;#]([^?&;#=]*)=")
+
+#: What a parameter's name has in it where its value is a secret.
+_SECRET_WORDS = (
+    "sig", "token", "key", "secret", "pass", "pwd", "cred", "auth", "sas", "jwt", "x-amz-",
+    "x-goog-",
+)  # fmt: skip
 
 
 def is_url(source: str | os.PathLike[str]) -> bool:
@@ -35,12 +48,12 @@ def open_storage(url: str) -> tuple[FileSystem, str]:
     Raises
     ------
     DataError
-        When neither pyarrow nor fsspec opens it, or it holds a password.
+        When neither pyarrow nor fsspec opens it, or it holds a secret.
     """
     from pyarrow import ArrowInvalid
     from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
-    refuse_password(url)
+    refuse_secrets(url)
     try:
         return FileSystem.from_uri(url)
     except OSError as error:
@@ -103,25 +116,29 @@ def local_copy(url: str, cache_dir: str | os.PathLike[str] | None = None) -> Pat
     return target
 
 
-def refuse_password(url: str) -> None:
-    """Refuse a URL with a user or password in it.
+def refuse_secrets(url: str) -> None:
+    """Refuse a URL with a user or password in it, or with a signature or key in its query.
 
     Raises
     ------
     DataError
         With the URL as it is without them.
     """
-    if "@" in urlsplit(url).netloc:
-        raise DataError(
-            f"{without_password(url)}: a URL with a user or password in it would stand in logs "
-            "and records; give credentials by the environment"
-        )
-
-
-def without_password(url: str) -> str:
-    """Return a URL without its user and password."""
     parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    # Decoded, because a query may hold another URL.
+    names = _PARAMETER.findall(unquote(f"?{parts.query}#{parts.fragment}"))
+    secrets = [name for name in names if any(word in name.lower() for word in _SECRET_WORDS)]
+    if _USER.search(url):
+        what = "a user or password"
+    elif secrets:
+        what = f"the parameter {secrets[0]!r}"
+    else:
+        return
+    bare = _USER.sub("//", parts._replace(query="", fragment="").geturl())
+    raise DataError(
+        f"{bare}: a URL with {what} in it would stand in logs and records; give credentials "
+        "by the environment"
+    )
 
 
 def _copy(files: FileSystem, path: str, target: Path, url: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 
 import desisky_tune
 from desisky_tune.data.features import CATALOGUE, SHIPPED, load_features, needs_ray, source_path
-from desisky_tune.data.remote import is_url, refuse_password
+from desisky_tune.data.remote import is_url, refuse_secrets
 from desisky_tune.errors import ClusterError, InputError
 from desisky_tune.files import sha256_file
 from desisky_tune.jobs.client import MARK, Cluster
@@ -178,10 +178,10 @@ def runs_folder(runs: str) -> str:
     ------
     InputError
         When it is relative (a job's working directory is thrown away after it), or a URL
-        with a password in it.
+        with a secret in it.
     """
     if is_url(runs):
-        refuse_password(runs)
+        refuse_secrets(runs)
         return runs
     if not (PurePosixPath(runs).is_absolute() or re.match(r"~(/|$)", runs)):
         raise InputError(
@@ -197,12 +197,12 @@ def check_source(source: str, field: str = "data.source", what: str = "data") ->
     Raises
     ------
     InputError
-        For a relative path, or a URL with a password in it.
+        For a relative path, or a URL with a secret in it.
     """
     if source in (SHIPPED, CATALOGUE):
         return
     if is_url(source):
-        refuse_password(source)
+        refuse_secrets(source)
         return
     if not (PurePosixPath(source).is_absolute() or re.match(r"~(/|$)", source)):
         raise InputError(

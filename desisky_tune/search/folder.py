@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from desisky_tune.data.remote import is_url
+from desisky_tune.data.remote import is_url, refuse_secrets
 from desisky_tune.errors import RunError
 from desisky_tune.files import append_line, atomic_open
 from desisky_tune.search.storage import RunMirror, split_run_url
@@ -265,8 +265,11 @@ class RunFolder:
         ------
         RunError
             When there is no run at `path`.
+        DataError
+            When it is a URL that holds a secret, or that nothing opens.
         """
         if is_url(path):
+            refuse_secrets(str(path))
             runs, name = split_run_url(str(path))
             mirror = RunMirror.of(runs, valid_run_name(name))
             mirror.pull()

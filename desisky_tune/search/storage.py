@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from desisky_tune.data.remote import open_storage, refuse_password
+from desisky_tune.data.remote import open_storage, refuse_secrets
 from desisky_tune.errors import RunError, StorageError
 from desisky_tune.files import atomic_path, leads_inside
 
@@ -75,9 +75,9 @@ class RunMirror:
         Raises
         ------
         DataError
-            When the URL holds a password, or nothing opens it.
+            When the URL holds a secret, or nothing opens it.
         """
-        refuse_password(runs)
+        refuse_secrets(runs)
         url = f"{runs.rstrip('/')}/{name}"
         key = hashlib.sha256(url.encode()).hexdigest()[:16]
         base = Path(tempfile.gettempdir()) / f"desisky-tune-{os.getuid()}"
