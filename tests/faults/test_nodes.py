@@ -177,8 +177,7 @@ def test_an_engine_that_is_left_out_for_its_disk_is_no_outage_any_more() -> None
             assert (await made.place(number))[0] == 0
             assert await made.failed(number, "no space left", storage=True)
             await made.ended(number)
-        _, _, attempts = await made.news()
-        assert [why for _, why in attempts] == ["no space left", None]
+        assert [why for _, why in made._attempts] == ["no space left", None]
 
     asyncio.run(scene())
 
