@@ -30,7 +30,7 @@ from desisky_tune.cli import main
 from desisky_tune.cli.parcel import main as print_parcel
 from desisky_tune.data.features import load_features
 from desisky_tune.errors import ClusterError, InputError, RunError
-from desisky_tune.jobs.client import Cluster, dashboard_address
+from desisky_tune.jobs.client import Cluster, Job, dashboard_address
 from desisky_tune.jobs.fetch import fetch_from_storage
 from desisky_tune.jobs.parcel import MARK, is_result, pack, unpack
 from desisky_tune.jobs.staging import (
@@ -40,7 +40,13 @@ from desisky_tune.jobs.staging import (
     runtime_environment,
     working_directory,
 )
-from desisky_tune.jobs.submit import check_source, entrypoint, runs_folder
+from desisky_tune.jobs.submit import (
+    check_source,
+    entrypoint,
+    resume_job,
+    runs_folder,
+    submit_search,
+)
 from desisky_tune.ray_session import WORKER_ENVIRONMENT
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.leaderboard import leaderboard
@@ -182,6 +188,57 @@ def test_a_cluster_that_does_not_answer_is_one_line(capsys: pytest.CaptureFixtur
     assert main(["status", "--address", address]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"desisky-tune: error: no Ray dashboard answers at {address}")
+
+
+# ------------------------------------------------------------------ several jobs of a run
+
+
+class Listed(Cluster):
+    """A cluster that has these jobs, the newest first, and takes any other."""
+
+    def __init__(self, *jobs: Job) -> None:
+        self.address = "http://head:8265"
+        self.listed = list(jobs)
+
+    def jobs(self) -> list[Job]:
+        return self.listed
+
+    def submit(self, entrypoint: str, **_: Any) -> str:
+        return "another"
+
+
+def job(id: str, status: str, runs: str = "s3://bucket/runs") -> Job:
+    return Job(id, status, "", {"name": "deep", "runs": runs})
+
+
+def test_a_name_is_that_of_the_job_that_goes_on() -> None:
+    cluster = Listed(job("new", "FAILED"), job("old", "RUNNING"), job("first", "STOPPED"))
+    assert cluster.find("deep").id == "old"
+    assert cluster.find("new").id == "new"
+    assert Listed(job("new", "FAILED"), job("old", "STOPPED")).find("deep").id == "new"
+
+
+@pytest.mark.parametrize("status", ["PENDING", "RUNNING"])
+@pytest.mark.parametrize("how", ["submit", "resume", "resume by the id of another job"])
+def test_a_run_has_one_job_at_a_time(how: str, status: str) -> None:
+    cluster = Listed(job("new", "FAILED"), job("old", status))
+    refused = pytest.raises(
+        ClusterError, match=rf"^job old \(deep\) is {status}: let it end first$"
+    )
+    if how == "submit":
+        spec = load_spec("quick")
+        with refused:
+            submit_search(cluster, spec, space="quick", name="deep", runs="s3://bucket/runs/")
+    else:
+        with refused:
+            resume_job(cluster, "deep" if how == "resume" else "new", ship=False)
+
+
+def test_a_run_of_that_name_in_another_place_is_another_run() -> None:
+    cluster = Listed(job("old", "RUNNING"))
+    assert resume_job(cluster, "deep", runs="/mnt/runs", ship=False)[0] == "another"
+    ended = Listed(job("new", "FAILED"), job("old", "STOPPED"))
+    assert resume_job(ended, "deep", ship=False)[1]["runs"] == "s3://bucket/runs"
 
 
 # -------------------------------------------------------------------------- what returns

@@ -116,10 +116,14 @@ class Cluster:
 
     def known(self, job: str) -> Job | None:
         """Return what `find` does; None where there is no such search."""
-        return next((each for each in self.jobs() if job in (each.id, each.name)), None)
+        found = [each for each in self.jobs() if job in (each.id, each.name)]
+        # Of one name, what goes on counts before what came to nothing after it.
+        return min(found, key=lambda each: each.has_ended, default=None)
 
     def find(self, job: str) -> Job:
-        """Return a search by its job's id or by the name of its run (the newest of that name).
+        """Return a search by its job's id or by the name of its run.
+
+        Of several of that name it is the newest that has not ended, else the newest.
 
         Raises
         ------

@@ -68,13 +68,14 @@ def submit_search(
     InputError
         When something given cannot be used on a cluster.
     ClusterError
-        When the cluster does not take it.
+        When a job that has not ended has the same run, or the cluster does not take this one.
     """
     name = valid_run_name(default_name(spec) if name is None else name)
     runs = runs_folder(runs)
     check_source(spec.data.source)
     if spec.pretrain is not None and not spec.pretrain.simulated:
         check_source(spec.pretrain.source, "pretrain.source", "weights")
+    _refuse_second(cluster, name, runs)
     metadata = {
         MARK: desisky_tune.__version__,
         "name": name,
@@ -120,12 +121,10 @@ def resume_job(
     InputError
         When `runs` cannot be used on a cluster.
     ClusterError
-        When the cluster knows no such run and `runs` is not given, when the run's job has not
+        When the cluster knows no such run and `runs` is not given, when a job of the run has not
         ended, or when the cluster does not take the new one.
     """
     before = cluster.known(run)
-    if before is not None and not before.has_ended:
-        raise ClusterError(f"job {before.id} ({before.name}) is {before.status}: let it end first")
     known: Mapping[str, str] = {} if before is None else before.metadata
     name = valid_run_name(known.get("name", run))
     if runs is None and "runs" not in known:
@@ -133,6 +132,7 @@ def resume_job(
             f"{cluster.address} has no job {run!r}: say with --runs where the run is kept"
         )
     place = runs_folder(known["runs"] if runs is None else runs)
+    _refuse_second(cluster, name, place)
     metadata = {
         **known,
         MARK: desisky_tune.__version__,
@@ -143,6 +143,20 @@ def resume_job(
     where = f"{place.rstrip('/')}/{name}"
     command = ["python", "-m", "desisky_tune", "resume", where, "--address", "auto"]
     return _start(cluster, shlex.join(command), metadata, ship=ship, pip=pip), metadata
+
+
+def _refuse_second(cluster: Cluster, name: str, runs: str) -> None:
+    """Refuse a run that a job still writes: on a URL no lock would keep a second driver off.
+
+    Raises
+    ------
+    ClusterError
+        When a job that has not ended has that name and that folder or URL.
+    """
+    for job in cluster.jobs():
+        there = job.metadata.get("runs", "")
+        if not job.has_ended and job.name == name and there.rstrip("/") == runs.rstrip("/"):
+            raise ClusterError(f"job {job.id} ({job.name}) is {job.status}: let it end first")
 
 
 def _start(
