@@ -91,6 +91,8 @@ temporary=/tmp/ray-$SLURM_JOB_ID
 port=$((6400 + SLURM_JOB_ID % 1000))
 dashboard_port=$((8265 + SLURM_JOB_ID % 1000))
 cpus=${SLURM_CPUS_PER_TASK:-1}
+# Since Slurm 22.05 a step does not take this over from its job.
+export SRUN_CPUS_PER_TASK=$cpus
 gpus=${SLURM_GPUS_PER_TASK:-${SLURM_GPUS_ON_NODE:-0}}
 gpus=${gpus##*:}
 

@@ -93,7 +93,8 @@ def test_the_lines_to_edit_are_marked(path: Path, marks: int) -> None:
 
 # ----------------------------------------------------------------------------------- Slurm
 
-#: What stands in for Slurm and Ray: each call is a line of the log, with the token's settings.
+#: What stands in for Slurm and Ray: each call is a line of the log, with the token's settings, and
+#: a step with the CPUs that it has.
 STUBS = {
     "scontrol": """
         if [[ $1 == requeue ]]; then echo "scontrol $*" >> "$CALLS"; exit "${REQUEUE_EXIT:-0}"; fi
@@ -101,7 +102,8 @@ STUBS = {
     """,
     "srun": """
         if [[ "$*" == *" hostname "* ]]; then echo "10.0.0.7 fe80::1"; exit; fi
-        echo "srun $* [$RAY_AUTH_MODE $(stat -c %a "$RAY_AUTH_TOKEN_PATH")]" >> "$CALLS"
+        mode=$(stat -c %a "$RAY_AUTH_TOKEN_PATH")
+        echo "srun $* [${SRUN_CPUS_PER_TASK:-1} CPUs, $RAY_AUTH_MODE $mode]" >> "$CALLS"
         exec sleep 60
     """,
     "desisky-tune": """
@@ -164,8 +166,10 @@ def test_slurm_starts_a_head_and_workers_with_the_token_then_searches(tmp_path: 
     assert "--address=10.0.0.7:6967" in workers
     for call in (head, workers):
         assert "--num-cpus=128 --num-gpus=4" in call
+        # Of the step, without which all of its Ray would be on one CPU.
+        assert "[128 CPUs, " in call
         # The file of the token is its owner's alone; its content is in no argument.
-        assert call.endswith("[token 600]")
+        assert call.endswith("token 600]")
     (search,) = [c for c in calls if c.startswith("desisky-tune")]
     runs = tmp_path / "base" / "runs"
     assert search == (
