@@ -617,9 +617,11 @@ def test_what_is_over_or_unknown_cannot_be_stopped(head: Head) -> None:
 
 @pytest.fixture(scope="module")
 def running(head: Head, submitted: dict[str, Any]) -> str:
-    """The job of a search that would go on for hours."""
+    """The job of a search that would go on for hours, of trials of seconds."""
     started = head.command(
-        "submit", "quick", "--name", "long", "--runs", str(submitted["runs"]), "--epochs", "100000",
+        "submit", "quick", "--name", "long", "--runs", str(submitted["runs"]),
+        "--trials", "100000", "--epochs", "3000", "--set", "search.scheduler=none",
+        "--set", "space={width: 64, depth: 2, batch_size: 32}",
     )  # fmt: skip
     assert started.returncode == 0, started.stderr
     assert f"run: long in {submitted['runs']} on the cluster" in started.stdout
@@ -650,6 +652,23 @@ def test_the_dashboard_shows_a_running_search(head: Head, running: str, tmp_path
         assert not [each for each in browser.complaints if each.startswith("Uncaught")]
 
 
+def follow(head: Head, job: str) -> Iterator[str]:
+    """Yield the lines of a job's log until it ends, or nobody wants more."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "desisky_tune", "logs", job, "--follow", "--address", head.address],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=head.environment(head.token),
+        cwd=head.folder,
+    )
+    assert process.stdout is not None
+    with process:
+        try:
+            yield from process.stdout
+        finally:
+            process.terminate()
+
+
 def test_a_running_search_is_stopped(head: Head, submitted: dict[str, Any], running: str) -> None:
     early = head.command("fetch", "long")
     assert early.returncode == 2
@@ -657,10 +676,13 @@ def test_a_running_search_is_stopped(head: Head, submitted: dict[str, Any], runn
     again = head.command("submit", "--resume", "long")
     assert again.returncode == 2
     assert "is RUNNING: let it end first" in again.stderr
+    assert any("] trial 0 COMPLETE" in line for line in follow(head, running))
     done = head.command("stop", "long")
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("STOPPED")
-    # Whether the search had begun to write its run by then is a matter of milliseconds.
+    # It had the time to finish what ran, and to say how it ended.
+    log = head.command("logs", "long").stdout.rstrip()
+    assert re.search(r"stopped by SIGTERM after \d+ of 100000 trials; continue with", log), log
     elsewhere = head.folder / "elsewhere"
     late = head.command("fetch", "long", str(elsewhere))
     assert late.returncode == 2

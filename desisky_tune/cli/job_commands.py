@@ -217,14 +217,15 @@ def logs(
 
 
 def stop(job: JobName, address: Dashboard = None, debug: Debug = False) -> None:
-    """Stop a job; what it has finished stays in its run's folder."""
+    """Stop a job: its trials finish their rungs, and what is finished stays in its run's folder."""
     from desisky_tune.jobs import Cluster
+    from desisky_tune.jobs.staging import STOP_SECONDS
 
     cluster = Cluster(address)
     found = cluster.find(job)
     if found.has_ended or not cluster.stop(found.id):
         raise ClusterError(f"job {found.id} ({found.name}) is {found.status}: nothing to stop")
-    ended = cluster.wait(found.id, timeout=60)
+    ended = cluster.wait(found.id, timeout=STOP_SECONDS + 30)
     show(f"job {found.id} ({found.name}) {ended.status}")
 
 

@@ -16,12 +16,21 @@ import desisky_tune
 from desisky_tune.errors import InputError
 from desisky_tune.search.space import SearchSpec, resolved_dict
 from desisky_tune.search.space_file import spaces_folder
+from desisky_tune.search.stopping import GRACE_SECONDS
 
 #: The space file in a job's working directory.
 SPACE_FILE = "space.yaml"
 
-#: Set for the processes of a job: plain lines in its log, whatever it thinks of its output.
-JOB_ENVIRONMENT: Mapping[str, str] = {"NO_COLOR": "1", "TERM": "dumb"}
+#: How long a job that is stopped has to finish its rungs, write and go (s); then it is killed.
+STOP_SECONDS = round(GRACE_SECONDS) + 60
+
+#: Set for the processes of a job: plain lines in its log, whatever it thinks of its output, and
+#: what the one that stops it reads, which waits 3 s by default.
+JOB_ENVIRONMENT: Mapping[str, str] = {
+    "NO_COLOR": "1",
+    "TERM": "dumb",
+    "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS),
+}
 
 _HEADER = "# The search of this job, every field resolved by desisky-tune submit.\n"
 
