@@ -8,6 +8,7 @@ user's home. Both are settled here, before Ray is imported.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -119,9 +120,7 @@ def ray_session(
                 )
         else:
             with _hearing_signals(heard):
-                ray.init(
-                    address=address, runtime_env={"env_vars": dict(WORKER_ENVIRONMENT)}, **common
-                )
+                ray.init(address=address, runtime_env={"env_vars": _worker_environment()}, **common)
     except ConnectionError as error:
         raise InputError(f"no Ray cluster answers at {address!r}: {error}") from error
     except BaseException:
@@ -136,6 +135,16 @@ def ray_session(
     finally:
         cancel_abort()
         ray.shutdown()
+
+
+def _worker_environment() -> dict[str, str]:
+    """Return `WORKER_ENVIRONMENT` without what the job that this is sets itself.
+
+    Ray refuses a variable that both set, whatever its value.
+    """
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    its_own = (job.get("runtime_env") or {}).get("env_vars") or {}
+    return {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in its_own}
 
 
 @contextmanager

@@ -47,7 +47,7 @@ from desisky_tune.jobs.submit import (
     runs_folder,
     submit_search,
 )
-from desisky_tune.ray_session import WORKER_ENVIRONMENT
+from desisky_tune.ray_session import WORKER_ENVIRONMENT, ray_session
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.leaderboard import leaderboard
 from desisky_tune.search.records import Ledger, finish
@@ -100,6 +100,29 @@ def test_the_environment_of_a_job_holds_no_secret_and_no_key_of_the_workers(
     assert "never-to-be-seen" not in json.dumps(environment)
     # Ray refuses a key that both a job and `ray.init` in it set.
     assert not set(JOB_ENVIRONMENT) & set(WORKER_ENVIRONMENT)
+
+
+def test_a_variable_that_its_job_sets_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    from ray.runtime_env.runtime_env import _merge_runtime_env
+
+    its_own = {"env_vars": {"PYTHONWARNINGS": "error", "TERM": "dumb"}, "working_dir": "gcs://x"}
+    job_config = json.dumps({"runtime_env": its_own, "metadata": {}})
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", job_config)
+    given: dict[str, Any] = {}
+
+    def init(**options: Any) -> None:
+        given.update(options)
+        raise ConnectionError
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(InputError, match="no Ray cluster answers"), ray_session(address="auto"):
+        pass
+    # As Ray does; None where it would refuse.
+    merged = _merge_runtime_env(its_own, given["runtime_env"])
+    assert merged is not None
+    assert merged["env_vars"] == {**WORKER_ENVIRONMENT, **its_own["env_vars"]}
 
 
 def test_pip_pins_every_dependency_but_ray() -> None:
