@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import tempfile
 from pathlib import Path
@@ -14,7 +15,9 @@ from virtual_clock import in_process
 
 from desisky_tune.cli.entry import main
 from desisky_tune.errors import DataError, RunError, SearchInterrupted, StorageError
+from desisky_tune.files import atomic_path
 from desisky_tune.jobs import fetch_from_storage
+from desisky_tune.search.backend import Assignment, Member
 from desisky_tune.search.events import Event, TrialFinished
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.hyperparameters import is_documented_default
@@ -22,6 +25,7 @@ from desisky_tune.search.records import record_from_json
 from desisky_tune.search.run import resume_search, run_search
 from desisky_tune.search.space import load_spec
 from desisky_tune.search.storage import RunMirror
+from desisky_tune.search.trial_files import TrialFiles
 from desisky_tune.search.warm_start import earlier_configurations
 
 SMALL = (
@@ -181,6 +185,56 @@ def test_what_storage_refuses_is_an_error_that_is_waited_for(tmp_path: Path) -> 
     mirror = RunMirror(f"file://{tmp_path}/runs/quick", tmp_path)
     with pytest.raises(StorageError, match=r"ledger/00001\.json cannot be written"):
         mirror.put_json("ledger/00001.json", {})
+
+
+@pytest.fixture
+def mirror(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RunMirror:
+    """A run on a URL as a node has it that has not seen it yet."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    mirror = RunMirror.of(f"file://{tmp_path}/runs", "quick")
+    shutil.rmtree(mirror.folder.parents[1])
+    return mirror
+
+
+def write_state(mirror: RunMirror) -> None:
+    """Keep a state as what trains does."""
+
+    def write(path: Path) -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(b"state")
+
+    files = TrialFiles(mirror.folder / "trials", mirror)
+    files.write_state(Assignment(1, {}, seed=0), Member(), write)
+
+
+def test_a_copy_is_its_users_alone_on_each_node(mirror: RunMirror) -> None:
+    write_state(mirror)
+    assert mirror.places() == ["trials/00001.state"]
+    assert mirror.folder.parents[1].stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("what", ["others may write it", "a link", "a file", "somebody else's"])
+def test_a_copy_is_put_nowhere_else(
+    what: str, mirror: RunMirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = mirror.folder.parents[1]
+    if what == "a link":
+        place.symlink_to(tmp_path)
+    elif what == "a file":
+        place.touch()
+    else:
+        place.mkdir()
+        place.chmod(0o777 if what == "others may write it" else 0o700)
+    if what == "somebody else's":
+        me = os.getuid()
+        monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    with pytest.raises(RunError, match=r"must be a folder that only you can write"):
+        write_state(mirror)
+    with pytest.raises(RunError, match=r"must be a folder that only you can write"):
+        mirror.fetch(mirror.folder / "trials" / "00001.state")
+    if what != "somebody else's":
+        with pytest.raises(RunError, match=r"must be a folder that only you can write"):
+            RunMirror.of(f"file://{tmp_path}/runs", "quick")
 
 
 def test_objects_by_fsspec_appear_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,9 +23,10 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,13 +82,23 @@ class RunMirror:
         url = f"{runs.rstrip('/')}/{name}"
         key = hashlib.sha256(url.encode()).hexdigest()[:16]
         base = Path(tempfile.gettempdir()) / f"desisky-tune-{os.getuid()}"
-        base.mkdir(mode=0o700, exist_ok=True)
-        if base.stat().st_uid != os.getuid():
-            raise RunError(f"{base} belongs to somebody else")
+        _make_private(base)
         root = base / f"{key}-{secrets.token_hex(4)}"
         (root / name).mkdir(parents=True)
         atexit.register(shutil.rmtree, root, ignore_errors=True)
         return cls(url, root / name)
+
+    def prepare(self) -> None:
+        """Make the place of the copy on this machine, which may be another than the search's.
+
+        Raises
+        ------
+        RunError
+            When it is not this user's alone.
+        StorageError
+            When it cannot be made.
+        """
+        _make_private(self.folder.parents[1])
 
     def put(self, path: Path) -> None:
         """Copy a file of the folder to its place on the URL, where it appears whole.
@@ -125,6 +136,7 @@ class RunMirror:
         bool
             Whether it is in the folder now.
         """
+        self.prepare()
         if path.exists():
             return True
         place = path.relative_to(self.folder).as_posix()
@@ -211,6 +223,29 @@ class RunMirror:
         except Exception as error:  # each kind of storage has exceptions of its own
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise StorageError(f"{self.url}/{place} cannot be {done}: {reason}") from error
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder that only this user may write, or see that what is there is one.
+
+    Raises
+    ------
+    RunError
+        When it is another user's, others may write it, or it is a link.
+    StorageError
+        When it cannot be made.
+    """
+    try:
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700, parents=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise StorageError(f"cannot make {folder}: {error.strerror or error}") from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise RunError(
+            f"{folder} must be a folder that only you can write: remove it, or set TMPDIR to "
+            "have another"
+        )
 
 
 def split_run_url(url: str) -> tuple[str, str]:

@@ -85,6 +85,8 @@ class TrialFiles:
         return state_path(self._folder, trial.number, member if trial.members else None)
 
     def _put(self, path: Path, write: Callable[[Path], None]) -> None:
+        if self._mirror is not None:
+            self._patiently(self._mirror.prepare)
         self._patiently(functools.partial(write, path))
         if self._mirror is not None:
             self._patiently(functools.partial(self._mirror.put, path))
