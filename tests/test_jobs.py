@@ -699,7 +699,7 @@ def test_a_running_search_is_stopped(head: Head, submitted: dict[str, Any], runn
     again = head.command("submit", "--resume", "long")
     assert again.returncode == 2
     assert "is RUNNING: let it end first" in again.stderr
-    assert any("] trial 0 COMPLETE" in line for line in follow(head, running))
+    assert any(" at epoch " in line for line in follow(head, running))
     done = head.command("stop", "long")
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("STOPPED")
