@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from desisky_tune.data.columns import BANDS
-from desisky_tune.errors import DesiskyTuneError, InputError
+from desisky_tune.errors import DesiskyTuneError, InputError, StorageError
 from desisky_tune.io import load_model
 from desisky_tune.search.arrays import Fold, SearchArrays
 from desisky_tune.search.backend import Assignment, Member, Progress
@@ -314,7 +314,8 @@ def test_trainings_of_one_shape_follow_from_the_settings():
 
 
 def test_a_gpus_engine_trains_in_slots(arrays, tmp_path):
-    work = Work("run", TRAINING, tmp_path, {}, trainings=1)
+    (tmp_path / "search.json").touch()
+    work = Work("run", TRAINING, tmp_path / "trials", {}, trainings=1)
     backend = make_backend("gpu", 1, work, arrays)
     assert backend.advance(trial(), 2).epochs == 2
     assert backend.lanes == 1
@@ -322,6 +323,16 @@ def test_a_gpus_engine_trains_in_slots(arrays, tmp_path):
     assert spent["compiling"] > 0
     assert spent["training"] > 0
     backend.close()
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_an_engine_writes_in_its_runs_folder_alone(arrays, tmp_path, monkeypatch, device):
+    monkeypatch.setattr("desisky_tune.search.trial_files.TRIAL_PATIENCE", 0.0)
+    work = Work("run", TRAINING, tmp_path / "run" / "trials", {}, trainings=1)
+    backend = make_backend(device, 1, work, arrays)
+    with pytest.raises(StorageError, match=r"run/search\.json is not there"):
+        backend.advance(trial(), 2)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_number_of_slots_must_be_one(arrays, tmp_path):

@@ -115,6 +115,7 @@ def make_backend(
             expected=work.trainings,
             pretraining=work.pretraining,
             storage=storage,
+            of_run=True,
         )
     # JAX now, while the trials' processes start: not when the first of them asks.
     importlib.import_module("desisky_tune.training.program")
@@ -130,6 +131,7 @@ def make_backend(
         lanes=slots,
         pretraining=work.pretraining,
         storage=storage,
+        of_run=True,
     )
 
 

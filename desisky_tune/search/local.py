@@ -122,6 +122,8 @@ class LocalBackend:
         What trainings begin with; None where their weights are drawn.
     storage
         Told where the trials' files cannot be written, and when they can again.
+    of_run
+        Whether `folder` lies in a run's: see `desisky_tune.search.trial_files.TrialFiles`.
 
     Attributes
     ----------
@@ -142,9 +144,10 @@ class LocalBackend:
         lanes: int | None = None,
         pretraining: Pretraining | None = None,
         storage: StorageWatch | None = None,
+        of_run: bool = False,
     ) -> None:
         self._training = training
-        self._files = TrialFiles(folder, mirror, storage)
+        self._files = TrialFiles(folder, mirror, storage, of_run=of_run)
         self._header = dict(header or {})
         self._features = arrays.features
         self._rows = arrays

@@ -7,6 +7,7 @@ often than not. Pauses grow from a quarter of a second to half a minute, and end
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,22 @@ def _sleep(seconds: float, give_up: Callable[[], bool] | None) -> None:
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0 and not (give_up is not None and give_up()):
         time.sleep(min(_SLICE, left))
+
+
+def require_run(search_json: Path) -> None:
+    """See that a node has the run's folder before it writes there.
+
+    Raises
+    ------
+    StorageError
+        When the run's specification is not there: the file system is not mounted on this node, or
+        the folder is another one on each.
+    """
+    if not search_json.is_file():
+        raise StorageError(
+            f"{search_json} is not there on node {platform.node()}: the folder of the runs has to "
+            "be one that all nodes share, or a URL"
+        )
 
 
 def check_storage(search_json: Path) -> None:

@@ -68,6 +68,8 @@ class SlotBackend:
         What trainings begin with; None where their weights are drawn.
     storage
         Told where the trials' files cannot be written, and when they can again.
+    of_run
+        Whether `folder` lies in a run's: see `desisky_tune.search.trial_files.TrialFiles`.
 
     Attributes
     ----------
@@ -92,12 +94,13 @@ class SlotBackend:
         precision: str = "float32",
         pretraining: Pretraining | None = None,
         storage: StorageWatch | None = None,
+        of_run: bool = False,
     ) -> None:
         from desisky_tune.search.slot_settings import SlotPlan
         from desisky_tune.training.slot_rows import FoldRows, slot_rows
 
         self._training = training
-        self._files = TrialFiles(folder, mirror, storage)
+        self._files = TrialFiles(folder, mirror, storage, of_run=of_run)
         self._header = dict(header or {})
         self._features = arrays.features
         self._folds = [
@@ -123,9 +126,12 @@ class SlotBackend:
         with self._lock:
             running = self._trials.setdefault(trial.number, RunningTrial())
         with running.lock:
-            shape = self._plan.shape(trial.configuration)
-            if not running.trainings:
+            begins = not running.trainings
+            if begins:
+                # First: a calibration is written to the folder as well.
                 self._files.discard_weights(trial)
+            shape = self._plan.shape(trial.configuration)
+            if begins:
                 for member in trial.trainings:
                     running.trainings[member] = self._open(trial, member, shape)
             progress: Progress | None = None

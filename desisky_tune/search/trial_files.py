@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from desisky_tune.errors import CheckpointError, MissingFileError
 from desisky_tune.search.backend import Assignment, Member
-from desisky_tune.search.patience import TRIAL_PATIENCE, Result, StorageWatch, patiently
+from desisky_tune.search.patience import (
+    TRIAL_PATIENCE,
+    Result,
+    StorageWatch,
+    patiently,
+    require_run,
+)
 
 if TYPE_CHECKING:
     from desisky_tune.search.records import TrialRecord
@@ -34,6 +40,9 @@ class TrialFiles:
         Where a run on a URL has them: each is put there, and fetched when it is wanted.
     watch
         Told where storage fails, and when it is back.
+    of_run
+        Whether the folder lies in a run's, which all nodes share: without the run's `search.json`
+        nothing is written. A run on a URL has its own folder on each node.
     """
 
     def __init__(
@@ -41,10 +50,13 @@ class TrialFiles:
         folder: Path,
         mirror: RunMirror | None = None,
         watch: StorageWatch | None = None,
+        *,
+        of_run: bool = False,
     ) -> None:
         self._folder = folder
         self._mirror = mirror
         self._watch = watch
+        self._search_json = folder.with_name("search.json") if of_run and mirror is None else None
 
     def discard_weights(self, trial: Assignment) -> None:
         """Remove the weights of an unfinished trial, which an interrupt left: not its last."""
@@ -92,7 +104,12 @@ class TrialFiles:
             self._patiently(functools.partial(self._mirror.put, path))
 
     def _patiently(self, action: Callable[[], Result]) -> Result:
-        return patiently(action, watch=self._watch, limit=TRIAL_PATIENCE)
+        def attempt() -> Result:
+            if self._search_json is not None:
+                require_run(self._search_json)
+            return action()
+
+        return patiently(attempt, watch=self._watch, limit=TRIAL_PATIENCE)
 
 
 def state_path(folder: Path, number: int, member: Member | None = None) -> Path:
