@@ -237,6 +237,36 @@ def test_a_copy_is_put_nowhere_else(
             RunMirror.of(f"file://{tmp_path}/runs", "quick")
 
 
+def test_whether_a_url_can_be_written_is_seen_without_a_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = tmp_path / "runs" / "quick"
+    mirror = RunMirror(f"file://{there}", tmp_path / "copy")
+    with pytest.raises(StorageError, match=r"quick/search\.json is gone"):
+        mirror.check()
+    assert not there.exists()
+    mirror.put_json("search.json", {})
+    mirror.check()
+    assert [path.name for path in there.iterdir()] == ["search.json"]
+    monkeypatch.setattr(RunMirror, "remove", lambda mirror, place: None)
+    mirror.check()
+    assert len(list(there.iterdir())) == 2
+    # Of a driver that was killed just then.
+    assert mirror.places() == ["search.json"]
+
+
+def test_the_copy_of_a_specification_is_never_ahead_of_the_url(tmp_path: Path) -> None:
+    folder = RunFolder.create(f"file://{tmp_path}/runs", "quick", exact=True)
+    folder.write_search({"name": "quick"})
+    written = tmp_path / "runs" / "quick" / "search.json"
+    assert written.read_bytes() == folder.search_json.read_bytes()
+    written.rename(tmp_path / "away")
+    written.mkdir()
+    with pytest.raises(StorageError, match="cannot be written"):
+        folder.write_search({"name": "quick", "finalists": {}})
+    assert folder.search_json.read_bytes() == (tmp_path / "away").read_bytes()
+
+
 def test_objects_by_fsspec_appear_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fsspec
     from pyarrow.fs import FSSpecHandler, PyFileSystem

@@ -303,9 +303,12 @@ class RunFolder:
         return content
 
     def write_search(self, content: Mapping[str, Any]) -> None:
-        """Write `search.json` whole."""
-        write_json(self.search_json, {"schema": SCHEMA, **content})
-        self.kept(self.search_json)
+        """Write `search.json` whole; on a URL first, so that the copy is never ahead of it."""
+        whole = {"schema": SCHEMA, **content}
+        if self.mirror is not None:
+            text = json.dumps(whole, indent=1, allow_nan=False)
+            self.mirror.put_json(self.search_json.name, text)
+        write_json(self.search_json, whole)
 
     def note_started(self, number: int, configuration: Mapping[str, Any]) -> None:
         """Remember that a trial was handed out."""

@@ -8,17 +8,11 @@ from pathlib import Path
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import DatabaseError
 
-from desisky_tune.errors import (
-    DesiskyTuneError,
-    DispatcherError,
-    EngineError,
-    StorageError,
-    StorageLostError,
-)
+from desisky_tune.errors import DesiskyTuneError, DispatcherError, EngineError, StorageError
 from desisky_tune.search import patience
 from desisky_tune.search.events import EventSink, Note
 from desisky_tune.search.folder import RunFolder
-from desisky_tune.search.outages import Outages
+from desisky_tune.search.outages import Outages, check_run, lost_storage
 from desisky_tune.search.records import Ledger
 from desisky_tune.search.stopping import StopRequest
 
@@ -103,11 +97,11 @@ class Restarts:
         try:
             patience.patiently(self._check, watch=self._outages)
         except OSError as lost:
-            raise self._lost(lost) from fault
+            raise lost_storage(self._folder, lost) from fault
         # It may have been the engines alone that met the outage, and they have ended.
         self._outages.worked()
         if self._in_vain():
-            raise self._lost(fault) from fault
+            raise lost_storage(self._folder, fault) from fault
         self._emit(Note("storage ended a session: the search goes on from its ledger"))
 
     def _in_vain(self) -> bool:
@@ -132,14 +126,8 @@ class Restarts:
         return isinstance(fault, OSError) and not isinstance(fault, ConnectionError)
 
     def _check(self) -> None:
-        patience.check_storage(self._folder.search_json)
+        check_run(self._folder)
 
     def _with_resume(self, fault: Exception) -> Exception:
         place = self._folder.place
         return type(fault)(f"{fault}; 'desisky-tune resume {place}' goes on from the last rungs")
-
-    def _lost(self, cause: Exception) -> StorageLostError:
-        return StorageLostError(
-            f"storage fails and does not come back ({cause}); when it has, continue with "
-            f"'desisky-tune resume {self._folder.place}'"
-        )

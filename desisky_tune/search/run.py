@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import time
 from collections import deque
@@ -37,6 +38,7 @@ from desisky_tune.search.hyperparameters import is_documented_default
 from desisky_tune.search.leaderboard import leaderboard
 from desisky_tune.search.local import checkpoint_path, state_path, sweep
 from desisky_tune.search.origin import SearchRun, now, open_run, write_run
+from desisky_tune.search.outages import through_outages
 from desisky_tune.search.pretraining import prepare_pretraining
 from desisky_tune.search.records import (
     Ledger,
@@ -138,6 +140,8 @@ def run_search(
     SearchInterrupted
         On SIGTERM and Ctrl-C, or when the time limit ended the search early without a
         complete trial. No winner is chosen or measured then.
+    StorageLostError
+        When the run's files cannot be written, and that lasts.
     """
     if isinstance(spec, str):
         spec = load_spec(spec)
@@ -186,25 +190,32 @@ def resume_search(
         When `run_dir` holds no run, or files of it were changed or lost.
     SearchError
         When no trial completed.
+    SearchInterrupted
+        See `run_search`.
+    StorageLostError
+        When the run's files cannot be written, and that lasts.
     """
     emit = on_event or _ignore
     started = time.time()
-    run = open_run(run_dir)
-    with run.folder.lock(), stop_signals() as stop:
+    with stop_signals() as stop:
+        stop.run_dir = run_dir
+        run = open_run(run_dir)
         stop.run_dir = run.folder.place
-        ended = "result" in run.folder.read_search()
-        records = Ledger(run.folder.ledger).records()
-        figures: list[SessionFigures] = []
-        if not ended and not _unfinished(run, records):
-            from desisky_tune.search.study import rebuild_study
+        with run.folder.lock():
+            ended = "result" in run.folder.read_search()
+            records = Ledger(run.folder.ledger).records()
+            figures: list[SessionFigures] = []
+            if not ended and not _unfinished(run, records):
+                from desisky_tune.search.study import rebuild_study
 
-            # Killed after its last trial had a record: the study may lack it.
-            rebuild_study(run.folder.study, run.spec, records)
-        elif not ended:
-            with ray_session(address=address, dashboard=dashboard) as ray:
-                stop.listen()
-                figures = _search(run, ray, emit, stop, local=address is None)
-        return _finish(run, emit, started, figures)
+                # Killed after its last trial had a record: the study may lack it.
+                write = functools.partial(rebuild_study, run.folder.study, run.spec, records)
+                through_outages(run.folder, write, emit)
+            elif not ended:
+                with ray_session(address=address, dashboard=dashboard) as ray:
+                    stop.listen()
+                    figures = _search(run, ray, emit, stop, local=address is None)
+            return _finish(run, emit, started, figures)
 
 
 def _search(
@@ -240,7 +251,8 @@ def _search(
         records = Ledger(run.folder.ledger).records()
         if best_record(records) is None:
             return figures  # there is no winner, which is told when the run is finished
-        finalists = fixed_finalists(run, records)
+        fix = functools.partial(fixed_finalists, run, records)
+        finalists = through_outages(run.folder, fix, emit)
         if unfinished_finalists(run, finalists):
             configurations = {each.number: each.configuration for each in finalists}
             stage = FinalistStage(run, configurations)
@@ -273,7 +285,44 @@ def _unfinished(run: SearchRun, records: list[TrialRecord]) -> bool:
 def _finish(
     run: SearchRun, emit: EventSink, started: float, figures: list[SessionFigures]
 ) -> SearchResult:
-    """Write the tables, choose the winner, write it, measure it."""
+    """Write the tables, choose the winner, write it, measure it; wait for storage that fails."""
+    folder = run.folder
+    records, winner, evaluation = through_outages(folder, lambda: _crowned(run), emit)
+    seconds = time.time() - started
+    states = {
+        state: sum(record.state == state for record in records)
+        for state in ("COMPLETE", "PRUNED", "FAIL")
+    }
+    content = through_outages(folder, folder.read_search, emit)
+    session = {
+        "ended": now(),
+        "seconds": round(seconds, 3),
+        "engines": [each.as_dict() for each in figures],
+    }
+    # Read once: what is written again has this session once.
+    sessions = [*content.get("sessions", []), session]
+    content = {
+        **{key: value for key, value in content.items() if key != "schema"},
+        "sessions": sessions,
+        "result": {"winner": winner.number, "objective": winner.objective, "states": states},
+    }
+    through_outages(folder, lambda: folder.write_search(content), emit)
+    through_outages(folder, lambda: folder.publish(records), emit)
+    emit(SearchFinished(folder.path, folder.best, seconds, states))
+    return SearchResult(
+        run_dir=folder.path,
+        place=folder.place,
+        records=records,
+        winner=winner,
+        checkpoint=folder.best,
+        board=leaderboard(records),
+        evaluation=evaluation,
+        seconds=seconds,
+    )
+
+
+def _crowned(run: SearchRun) -> tuple[list[TrialRecord], TrialRecord, dict[str, Any]]:
+    """Return the trials, the winner and its evaluation; all of it can be done again."""
     folder, spec = run.folder, run.spec
     records = sorted(Ledger(folder.ledger).records(), key=lambda record: record.number)
     write_tables(records, folder.path)
@@ -294,37 +343,7 @@ def _finish(
         )
     else:
         evaluation = crown(run, winner, records)
-    seconds = time.time() - started
-    states = {
-        state: sum(record.state == state for record in records)
-        for state in ("COMPLETE", "PRUNED", "FAIL")
-    }
-    content = folder.read_search()
-    session = {
-        "ended": now(),
-        "seconds": round(seconds, 3),
-        "engines": [each.as_dict() for each in figures],
-    }
-    sessions = [*content.get("sessions", []), session]
-    folder.write_search(
-        {
-            **{key: value for key, value in content.items() if key != "schema"},
-            "sessions": sessions,
-            "result": {"winner": winner.number, "objective": winner.objective, "states": states},
-        }
-    )
-    folder.publish(records)
-    emit(SearchFinished(folder.path, folder.best, seconds, states))
-    return SearchResult(
-        run_dir=folder.path,
-        place=folder.place,
-        records=records,
-        winner=winner,
-        checkpoint=folder.best,
-        board=leaderboard(records),
-        evaluation=evaluation,
-        seconds=seconds,
-    )
+    return records, winner, evaluation
 
 
 def _fetch_weights(folder: RunFolder, winner: TrialRecord, records: list[TrialRecord]) -> None:

@@ -54,6 +54,10 @@ _OPENED_WITH = (
 )
 
 
+#: An object that is put and removed again; no listing has it, as none has unfinished files.
+_PROBE = ".storage-probe.part"
+
+
 @dataclass(frozen=True)
 class RunMirror:
     """The files of a run on a URL.
@@ -180,6 +184,23 @@ class RunMirror:
         """Remove an object."""
         with self._opened(place, "removed") as (files, target):
             files.delete_file(target)
+
+    def check(self) -> None:
+        """See whether objects can be written where the run is.
+
+        Raises
+        ------
+        StorageError
+            When they cannot, or the run is not there.
+        """
+        from pyarrow.fs import FileType
+
+        with self._opened("search.json", "read") as (files, source):
+            there = files.get_file_info(source).type == FileType.File
+        if not there:
+            raise StorageError(f"{self.url}/search.json is gone")
+        self.put_bytes(_PROBE, b"can be written\n")
+        self.remove(_PROBE)
 
     def forget_states(self, finished: Iterable[int]) -> None:
         """Remove, when a search has ended, the states that no weights will be made from."""

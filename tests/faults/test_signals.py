@@ -17,6 +17,7 @@ from searches import RANDOM, Command, assert_nothing_lost, assert_the_same, sear
 from desisky_tune.errors import INTERRUPTED, RESUME_ME, SearchInterrupted
 from desisky_tune.ray_session import ray_session
 from desisky_tune.search.records import TrialRecord
+from desisky_tune.search.run import resume_search
 from desisky_tune.search.stopping import StopRequest, stop_signals
 
 
@@ -68,6 +69,25 @@ def test_while_ray_starts_sigterm_is_rays_and_means_the_same() -> None:
 
     with pytest.raises(SearchInterrupted, match="SIGTERM") as stop, stop_signals():
         start()
+    assert stop.value.exit_code == RESUME_ME
+
+
+def test_a_resume_that_is_stopped_while_its_run_is_opened_is_to_be_resumed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def download(path: str) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def unheard(number: int, frame: object) -> None:
+        raise AssertionError("ended with the signal")
+
+    monkeypatch.setattr("desisky_tune.search.run.open_run", download)
+    before = signal.signal(signal.SIGTERM, unheard)
+    try:
+        with pytest.raises(SearchInterrupted, match="desisky-tune resume s3://runs/deep") as stop:
+            resume_search("s3://runs/deep")
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert stop.value.exit_code == RESUME_ME
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,25 +15,36 @@ from typing import Any
 
 import pytest
 from searches import RANDOM, assert_nothing_lost, assert_the_same, spec_of
+from virtual_clock import VirtualSearch
 
+from desisky_tune.data.features import load_features
+from desisky_tune.data.splits import make_split
 from desisky_tune.errors import (
     RESUME_ME,
     DispatcherError,
     EngineError,
+    MissingFileError,
+    RunError,
     StorageError,
     StorageLostError,
 )
 from desisky_tune.search import patience
+from desisky_tune.search.backend import Assignment
 from desisky_tune.search.dispatch import Dispatcher
 from desisky_tune.search.events import Event, StorageChanged, TrialFinished, TrialReported
 from desisky_tune.search.folder import RunFolder
-from desisky_tune.search.outages import LATE, Outages
+from desisky_tune.search.folds import search_arrays
+from desisky_tune.search.local import LocalBackend, state_path
+from desisky_tune.search.origin import SearchRun, checkpoint_header, write_run
+from desisky_tune.search.outages import LATE, Outages, through_outages
 from desisky_tune.search.patience import check_storage, patiently
 from desisky_tune.search.recorder import ERRORS_IN_A_ROW, Recorder
 from desisky_tune.search.records import Ledger, TrialRecord
 from desisky_tune.search.restarts import FRUITLESS_RESTARTS, Restarts
 from desisky_tune.search.run import resume_search, run_search
 from desisky_tune.search.stopping import StopRequest
+from desisky_tune.search.storage import RunMirror
+from desisky_tune.search.trial_files import TrialFiles
 
 
 class Outage:
@@ -376,3 +388,192 @@ def test_an_empty_mount_point_is_not_the_runs_folder(tmp_path: Path) -> None:
     (tmp_path / "search.json").write_text("{}")
     check_storage(tmp_path / "search.json")
     assert [path.name for path in tmp_path.iterdir()] == ["search.json"]
+
+
+def a_state(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"state")
+
+
+def test_a_node_without_the_runs_folder_writes_nothing_of_a_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, watch = Clock(monkeypatch), Watch()
+    trials, three = tmp_path / "runs" / "deep" / "trials", Assignment(3, {}, seed=0)
+    files = TrialFiles(trials, watch=watch, of_run=True)
+    for write in (files.write_state, files.write_member):
+        with pytest.raises(StorageError, match=r"deep/search\.json is not there on .* nodes share"):
+            write(three, three.trainings[0], a_state)
+    with pytest.raises(StorageError):
+        files.write_weights(three, a_state)
+    with pytest.raises(StorageError):
+        # It is not begun from nothing either.
+        files.read_state(three, three.trainings[0], lambda path: ("state", {}))
+    assert list(tmp_path.iterdir()) == []
+
+    def mounted() -> None:
+        trials.parent.mkdir(parents=True)
+        (trials.parent / "search.json").write_text("{}")
+
+    watch.failed = lambda why: mounted()  # type: ignore[method-assign]
+    waited = clock.now
+    files.write_state(three, three.trainings[0], a_state)
+    assert clock.now == waited + 0.25
+    assert state_path(trials, 3).read_bytes() == b"state"
+
+
+def test_on_a_url_a_node_has_its_own_folder(tmp_path: Path) -> None:
+    mirror = RunMirror(f"file://{tmp_path}/bucket/deep", tmp_path / "copy")
+    three = Assignment(3, {}, seed=0)
+    files = TrialFiles(tmp_path / "copy" / "trials", mirror, of_run=True)
+    (tmp_path / "copy").mkdir()
+    files.write_state(three, three.trainings[0], a_state)
+    assert mirror.places() == ["trials/00003.state"]
+
+
+def test_a_url_that_cannot_be_written_is_waited_for_though_its_copy_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    mirror = RunMirror(f"file://{tmp_path}/bucket/deep", tmp_path / "copy")
+    folder = RunFolder(tmp_path / "copy", mirror)
+    folder.write_search({})
+    outage = Outage(tmp_path / "bucket" / "deep", at=0)
+    said: list[Event] = []
+    told = Outages(said.append, clock=lambda: clock.now)
+    restarts = Restarts(folder, said.append, StopRequest(), told)
+    outage.begin()
+    with pytest.raises(StorageLostError, match=r"desisky-tune resume file://.*/bucket/deep"):
+        restarts.after(StorageError("a record cannot be written"))
+    assert clock.now == pytest.approx(patience.PATIENCE_SECONDS)
+    (begun,) = said
+    assert isinstance(begun, StorageChanged)
+    assert begun.failing
+
+    def sleep(seconds: float) -> None:
+        clock.sleep(seconds)
+        if outage.away.exists():
+            outage.end()
+
+    monkeypatch.setattr(patience.time, "sleep", sleep)
+    restarts.after(StorageError("a record cannot be written"))
+    assert [each.failing for each in said if isinstance(each, StorageChanged)] == [True, False]
+
+
+def a_run(tmp_path: Path) -> RunFolder:
+    (tmp_path / "search.json").write_text("{}")
+    return RunFolder(tmp_path)
+
+
+def test_beside_the_sessions_storage_is_waited_for_as_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    said: list[Event] = []
+    action = Failing(clock, until=100.0)
+    assert through_outages(a_run(tmp_path), action, said.append) == "written"
+    assert [each.failing for each in said if isinstance(each, StorageChanged)] == [True, False]
+    with pytest.raises(StorageLostError, match=rf"no space left.*desisky-tune resume {tmp_path}"):
+        through_outages(a_run(tmp_path), Failing(clock, until=1e9), said.append)
+    assert clock.now == pytest.approx(action.tried[-1] + patience.PATIENCE_SECONDS)
+
+
+def test_an_empty_mount_point_is_not_concluded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Clock(monkeypatch)
+    with pytest.raises(StorageLostError, match=r"search\.json is gone"):
+        through_outages(RunFolder(tmp_path), lambda: pytest.fail("was done"), [].append)
+
+
+def test_a_file_that_is_missing_from_a_whole_run_is_not_waited_for(tmp_path: Path) -> None:
+    tried = []
+
+    def read() -> None:
+        tried.append(1)
+        raise MissingFileError("cannot read 00003.eqx")
+
+    with pytest.raises(RunError, match=r"cannot read 00003\.eqx"):
+        through_outages(a_run(tmp_path), read, [].append)
+    assert tried == [1]
+
+
+def test_a_file_that_is_missing_with_its_run_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Clock(monkeypatch)
+    search_json = a_run(tmp_path).search_json
+
+    def read() -> str:
+        if not said:
+            search_json.unlink()
+            raise MissingFileError("cannot read 00003.eqx")
+        return "read"
+
+    said: list[Event] = []
+
+    def back(event: Event) -> None:
+        said.append(event)
+        a_run(tmp_path)
+
+    assert through_outages(RunFolder(tmp_path), read, back) == "read"
+    assert len(said) == 2
+
+
+@pytest.fixture(scope="module")
+def at_its_end(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose driver was killed when its last trial had its record."""
+    spec = spec_of((*RANDOM, "search.trials=2", "training.epochs=30", "search.grace=10"))
+    table = load_features()
+    split = make_split(
+        table.frame, spec.split.by, fractions=spec.split.fractions, seed=spec.split.seed
+    )
+    folder = RunFolder.create(tmp_path_factory.mktemp("runs"), "deep", exact=True)
+    run = SearchRun(folder, spec, table, split)
+    write_run(run)
+    backend = LocalBackend(
+        search_arrays(run), spec.training, folder.trials, checkpoint_header(run), of_run=True
+    )
+    VirtualSearch(spec, folder.path, backend=backend).run()
+    return folder.path
+
+
+class Blocked:
+    """A folder that stands in for a file, until somebody is told that it cannot be written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.told: list[bool] = []
+        path.unlink(missing_ok=True)
+        path.mkdir(parents=True)
+        (path / "in the way").touch()
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, StorageChanged):
+            self.told.append(event.failing)
+            if event.failing:
+                shutil.rmtree(self.path)
+
+
+@pytest.mark.parametrize("name", ["study.db", "trials.parquet", "best/deep.eqx", "evaluation.json"])
+def test_storage_that_fails_after_the_last_trial_is_waited_for(
+    at_its_end: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "deep"
+    shutil.copytree(at_its_end, run)
+    blocked = Blocked(run / name)
+    if name == "trials.parquet":
+        with monkeypatch.context() as patch:
+            patch.setattr(patience, "PATIENCE_SECONDS", 0.0)
+            with pytest.raises(StorageLostError, match=f"desisky-tune resume {run}") as lost:
+                resume_search(run)
+        assert lost.value.exit_code == RESUME_ME
+    result = resume_search(run, on_event=blocked)
+    assert blocked.told == [True, False]
+    content = RunFolder.open(run).read_search()
+    assert len(content["sessions"]) == 1
+    assert content["result"]["winner"] == result.winner.number
+
+    undisturbed = tmp_path / "whole" / "deep"
+    shutil.copytree(at_its_end, undisturbed)
+    assert resume_search(undisturbed).evaluation == result.evaluation
