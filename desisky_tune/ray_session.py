@@ -15,6 +15,7 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from desisky_tune.errors import InputError
@@ -36,6 +37,15 @@ WORKER_ENVIRONMENT: Mapping[str, str] = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "PYTHONWARNINGS": "ignore",
 }
+
+#: What a Ray that listens on the loopback address alone has, and so have those that join it.
+LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
+#: What a person does where a cluster refuses.
+HOW_TO_SEND_A_TOKEN = (
+    "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or the file ~/.ray/auth_token) to the "
+    "cluster's; 'ray get-auth-token' on its head shows it"
+)
 
 #: How long a cluster's address may take to answer (s).
 CONNECT_SECONDS = 10.0
@@ -81,7 +91,7 @@ def ray_session(
     Raises
     ------
     InputError
-        When no Ray answers at `address`.
+        When no Ray answers at `address`, or it wants another token.
     SystemExit
         On SIGTERM while Ray starts, as Ray has it.
     """
@@ -90,8 +100,12 @@ def ray_session(
             os.environ.setdefault(name, value)
     else:
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+        send_token()
         _refuse_silence(address)
+        if _on_loopback_alone(address):
+            os.environ.setdefault(LOOPBACK_VARIABLE, LOOPBACK_ENVIRONMENT[LOOPBACK_VARIABLE])
     import ray
+    from ray.exceptions import AuthenticationError
 
     if ray.is_initialized():
         yield ray
@@ -121,8 +135,16 @@ def ray_session(
         else:
             with _hearing_signals(heard):
                 ray.init(address=address, runtime_env={"env_vars": _worker_environment()}, **common)
+    except AuthenticationError as error:
+        raise InputError(f"no token for the Ray at {address!r}: {HOW_TO_SEND_A_TOKEN}") from error
     except ConnectionError as error:
-        raise InputError(f"no Ray cluster answers at {address!r}: {error}") from error
+        if address == "auto":
+            raise InputError(f"no Ray cluster answers at {address!r}: {error}") from error
+        reason = next(iter(str(error).splitlines()), "")
+        raise InputError(
+            f"cannot join the Ray at {address!r} ({reason}); if it wants a token, "
+            f"{HOW_TO_SEND_A_TOKEN}"
+        ) from error
     except BaseException:
         cancel_abort()
         _cut_off.set()
@@ -192,6 +214,41 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def send_token() -> None:
+    """Let Ray send a token where the user has one and says nothing else."""
+    if "RAY_AUTH_MODE" not in os.environ and _has_token():
+        os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def _has_token() -> bool:
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return True
+    return Path("~/.ray/auth_token").expanduser().is_file()
+
+
+def _on_loopback_alone(address: str) -> bool:
+    """Whether a Ray at 127.0.0.1 answers there and not at this machine's own address.
+
+    Ray takes the one for the other, and would then try for minutes.
+    """
+    host, _, port = address.rpartition(":")
+    if host not in ("127.0.0.1", "localhost"):
+        return False
+    try:
+        own = _own_address()
+        socket.create_connection((own, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError:
+        return True
+    return own == "127.0.0.1"
+
+
+def _own_address() -> str:
+    """Return the address by which this machine reaches others."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # of no network; nothing is sent
+        return str(probe.getsockname()[0])
 
 
 def _refuse_silence(address: str) -> None:

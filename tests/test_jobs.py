@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
@@ -16,9 +17,10 @@ import time
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -26,6 +28,7 @@ import psutil
 import pytest
 from headless import Browser, find_browser
 
+import desisky_tune.ray_session as session_module
 from desisky_tune.cli import main
 from desisky_tune.cli.parcel import main as print_parcel
 from desisky_tune.data.features import load_features
@@ -47,7 +50,7 @@ from desisky_tune.jobs.submit import (
     runs_folder,
     submit_search,
 )
-from desisky_tune.ray_session import WORKER_ENVIRONMENT, ray_session
+from desisky_tune.ray_session import LOOPBACK_VARIABLE, WORKER_ENVIRONMENT, ray_session
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.leaderboard import leaderboard
 from desisky_tune.search.records import Ledger, finish
@@ -123,6 +126,70 @@ def test_a_variable_that_its_job_sets_is_left_to_it(monkeypatch: pytest.MonkeyPa
     merged = _merge_runtime_env(its_own, given["runtime_env"])
     assert merged is not None
     assert merged["env_vars"] == {**WORKER_ENVIRONMENT, **its_own["env_vars"]}
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_ray_on_loopback_alone_is_joined_there(
+    alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.delenv(LOOPBACK_VARIABLE, raising=False)
+    monkeypatch.setattr(session_module, "_own_address", lambda: "127.0.0.2")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    found: list[str | None] = []
+
+    def init(**options: Any) -> None:
+        found.append(os.environ.get(LOOPBACK_VARIABLE))
+        raise ConnectionError("Failed to connect")
+
+    monkeypatch.setattr(ray, "init", init)
+    with socket.create_server(("127.0.0.1" if alone else "", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        # It answers: so it is the token, or something else that is not silence.
+        with (
+            pytest.raises(InputError, match=f"cannot join the Ray at '{address}'.*RAY_AUTH_TOKEN"),
+            ray_session(address=address),
+        ):
+            pass
+    assert found == ["0" if alone else None]
+
+
+def test_a_ray_that_wants_a_token_says_how_to_send_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    def init(**options: Any) -> None:
+        raise AuthenticationError("no authentication token was found")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(InputError, match="RAY_AUTH_MODE=token"), ray_session(address="auto"):
+        pass
+
+
+def test_ctrl_c_while_a_log_is_followed_is_only_that() -> None:
+    closed = []
+
+    async def log() -> AsyncIterator[str]:
+        try:
+            yield "one\n"
+            asyncio.get_running_loop().call_soon(interrupt)
+            await asyncio.Event().wait()
+        finally:
+            closed.append(True)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    cluster = object.__new__(Cluster)
+    cluster.address = "http://h:1"
+    cluster._client = SimpleNamespace(tail_job_logs=lambda id: log())
+    lines = cluster.follow("a job")
+    assert next(lines) == "one"
+    with pytest.raises(KeyboardInterrupt):
+        next(lines)
+    assert closed == [True]
 
 
 def test_pip_pins_every_dependency_but_ray() -> None:

@@ -7,12 +7,12 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from desisky_tune.errors import ClusterError
+from desisky_tune.ray_session import HOW_TO_SEND_A_TOKEN, send_token
 
 #: Where the dashboard is when nothing else is said: at the near end of an SSH tunnel.
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -83,7 +83,7 @@ class Cluster:
 
     def __init__(self, address: str | None = None) -> None:
         self.address = dashboard_address(address)
-        _prepare_environment()
+        send_token()
         with _explained(self.address), _address_from_us():
             from ray.job_submission import JobSubmissionClient
 
@@ -150,11 +150,13 @@ class Cluster:
         # Ray's annotation says iterator; what it returns is an async generator.
         chunks: Any = self._client.tail_job_logs(id)
         rest = ""
+        coming: asyncio.Future[str] | None = None
         try:
             while True:
+                coming = asyncio.ensure_future(anext(chunks), loop=loop)
                 try:
                     with _explained(self.address):
-                        chunk = loop.run_until_complete(anext(chunks))
+                        chunk = loop.run_until_complete(coming)
                 except StopAsyncIteration:
                     break
                 *lines, rest = (rest + chunk).split("\n")
@@ -162,6 +164,10 @@ class Cluster:
             if rest:
                 yield rest
         finally:
+            if coming is not None and not coming.done():  # Ctrl-C
+                coming.cancel()
+                with suppress(asyncio.CancelledError):
+                    loop.run_until_complete(coming)
             loop.run_until_complete(chunks.aclose())
             loop.close()
 
@@ -213,18 +219,6 @@ def dashboard_address(address: str | None) -> str:
     return url.rstrip("/")
 
 
-def _prepare_environment() -> None:
-    """Let Ray's client send a token where the user has one and says nothing else."""
-    if "RAY_AUTH_MODE" not in os.environ and _has_token():
-        os.environ["RAY_AUTH_MODE"] = "token"
-
-
-def _has_token() -> bool:
-    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        return True
-    return Path("~/.ray/auth_token").expanduser().is_file()
-
-
 @contextmanager
 def _address_from_us() -> Iterator[None]:
     """Hide the environment's addresses: Ray would let them overrule the one that was given."""
@@ -258,13 +252,9 @@ def _explained(address: str) -> Iterator[None]:
 
 
 def _about_the_token(address: str, answer: str) -> str:
-    how = (
-        "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or the file ~/.ray/auth_token) to the "
-        "cluster's; 'ray get-auth-token' on its head shows it"
-    )
     if "failed" in answer.splitlines()[0]:
-        return f"{address} refuses the token (403): {how}"
-    return f"{address} wants a token (401): {how}"
+        return f"{address} refuses the token (403): {HOW_TO_SEND_A_TOKEN}"
+    return f"{address} wants a token (401): {HOW_TO_SEND_A_TOKEN}"
 
 
 def _first_line(error: Exception) -> str:

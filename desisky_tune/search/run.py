@@ -154,6 +154,7 @@ def run_search(
         make_ready()
         with ray_session(address=address, dashboard=dashboard) as ray:
             stop.listen()
+            _require_room(spec, ray, local=address is None)
             table = table or _features(spec, address=address)
             split = make_split(
                 table.frame, spec.split.by, fractions=spec.split.fractions, seed=spec.split.seed
@@ -170,6 +171,13 @@ def run_search(
                 stop.run_dir = folder.place
                 figures = _search(run, ray, emit, stop, local=address is None)
                 return _finish(run, emit, started, figures)
+
+
+def _require_room(spec: SearchSpec, ray: Any, *, local: bool) -> None:
+    """Refuse a search that has no room to train in, before there is a run of it."""
+    from desisky_tune.search.engines import nodes_of, plan_engines
+
+    plan_engines(nodes_of(ray), spec.resources, _ignore, local=local)
 
 
 def resume_search(

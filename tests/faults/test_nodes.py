@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorUnavailableError, RayActorError
 from searches import RANDOM, assert_nothing_lost, assert_the_same, search, spec_of
 
 from desisky_tune.errors import DispatcherError
@@ -283,6 +283,9 @@ def test_a_full_disk_of_the_only_engine_is_raised(ray_instance: Any) -> None:
 def test_a_dispatcher_that_is_gone_is_no_fault_of_a_trials(ray_instance: Any) -> None:
     with running(ray_instance, Fine()) as desk:
         ray_instance.kill(desk)
+        with suppress(RayActorError):
+            while True:  # until it is
+                ray_instance.get(desk.processes.remote())
         with pytest.raises(DispatcherError, match="the dispatcher is gone"):
             EngineBackend(desk).advance(Assignment(0, {"width": 8}, seed=0), 9)
 
