@@ -148,6 +148,27 @@ def test_a_trial_goes_on_from_its_rung_in_another_process(backend, arrays, tmp_p
     assert figures(resumed) == figures(backend.advance(several, 12))
 
 
+def test_a_member_that_could_not_be_opened_is_trained_when_it_is_asked_for_again(
+    backend, monkeypatch
+):
+    several = replace(trial(), members=(Member(0, 5), Member(1, 5)))
+    expected = figures(backend.advance(several, 4))
+    backend.release(several)
+    again = replace(several, number=4)
+    opening = backend._open
+
+    def fail_once(assignment: Assignment, member: Member, shape: SlotShape) -> Any:
+        if member == again.members[1]:
+            monkeypatch.undo()
+            raise StorageError("cannot read")
+        return opening(assignment, member, shape)
+
+    monkeypatch.setattr(backend, "_open", fail_once)
+    with pytest.raises(StorageError):
+        backend.advance(again, 4)
+    assert figures(backend.advance(again, 4)) == expected
+
+
 def test_a_state_of_another_shape_is_not_taken_up(backend, arrays, tmp_path):
     backend.advance(trial(), 5)
     wider = SlotBackend(arrays, TRAINING, tmp_path, slots=2)

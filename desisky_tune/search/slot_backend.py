@@ -132,8 +132,9 @@ class SlotBackend:
                 self._files.discard_weights(trial)
             shape = self._plan.shape(trial.configuration)
             if begins:
-                for member in trial.trainings:
-                    running.trainings[member] = self._open(trial, member, shape)
+                # All or none: where one cannot be read, a later call begins with all of them.
+                opened = {member: self._open(trial, member, shape) for member in trial.trainings}
+                running.trainings.update(opened)
             progress: Progress | None = None
             while progress is None or not progress.ends_at(epochs):
                 goal = next_goal(trial, running.trainings, self._validation, epochs)
