@@ -20,7 +20,7 @@ from desisky_tune.cli import main
 from desisky_tune.data.columns import BANDS, FEATURES, TARGETS
 from desisky_tune.data.features import FeatureTable, load_features
 from desisky_tune.data.splits import make_split
-from desisky_tune.errors import DataError, InputError
+from desisky_tune.errors import DataError, InputError, RunError
 from desisky_tune.inference import PREDICTIONS, Predictor, predict_frame
 from desisky_tune.io import load_model, read_header
 from desisky_tune.models.classical import ClassicalModel
@@ -368,6 +368,18 @@ def test_a_finished_run_resumes_to_itself(result: SearchResult) -> None:
     before = (result.run_dir / "finalists.jsonl").read_bytes()
     assert resume_search(result.run_dir).evaluation == result.evaluation
     assert (result.run_dir / "finalists.jsonl").read_bytes() == before
+
+
+def test_a_run_that_was_fetched_says_that_there_is_nothing_to_resume(
+    result: SearchResult, tmp_path: Path
+) -> None:
+    # As `fetch` has it: the result, and not the weights of its trials.
+    fetched = tmp_path / "fetched"
+    shutil.copytree(result.run_dir, fetched, ignore=shutil.ignore_patterns("trials", "tune"))
+    before = (fetched / "evaluation.json").read_bytes()
+    with pytest.raises(RunError, match="has finished: there is nothing to resume"):
+        resume_search(fetched)
+    assert (fetched / "evaluation.json").read_bytes() == before
 
 
 def test_a_stage_that_was_cut_off_resumes(result: SearchResult, tmp_path: Path) -> None:

@@ -143,6 +143,23 @@ def test_row_without_a_feature_gets_no_prediction_and_is_counted(tmp_path: Path)
     assert result.attrs["notes"] == ["2 of 10 rows lack a feature: no prediction (NaN)"]
 
 
+def test_conditions_that_the_model_has_not_seen_are_counted(tmp_path: Path) -> None:
+    frame = exposures(10)
+    frame["SUNALT"], frame["MOONALT"], frame["MOONSEP"] = -40.0, 30.0, 60.0
+    frame["MOONFRAC"], frame["OBSALT"] = 0.8, 50.0
+    path = saved(tmp_path / "x.eqx", small_model(), data={"subset": "moon"})
+    assert predict_frame(path, frame).attrs["notes"] == []
+    frame.loc[2, "OBSALT"] = -0.5
+    frame.loc[4, "SUNALT"] = 10.0
+    frame.loc[[4, 6], "MOONALT"] = -20.0
+    frame.loc[8, ["MOONALT", "TRANSPARENCY_GFA"]] = [-20.0, np.nan]  # no prediction at all
+    lacks, below, outside = predict_frame(path, frame).attrs["notes"]
+    assert lacks.startswith("1 of 10 rows lack a feature")
+    assert below.startswith("1 of 10 rows have their field below the horizon")
+    assert outside.startswith("2 of 10 rows are not of the subset moon")
+    assert "SUNALT < -20, MOONALT > 5" in outside
+
+
 def test_missing_column_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
     frame = exposures(5).rename(columns={"MOONSEP": "MOON_SEP"})
     with pytest.raises(DataError, match=r"MOONSEP .*MOON_SEP"):

@@ -322,6 +322,8 @@ def test_features_that_cannot_be_learnt_from_are_refused_at_once(
 def test_more_than_the_machine_has_is_refused(ray_instance: Any, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="a trial asks for 1 CPU and 64 GPU"):
         run_search(small("resources.gpus_per_trial=64"), runs=tmp_path, name="gpus")
+    # Its name is still to be had.
+    assert list(tmp_path.iterdir()) == []
 
 
 RANDOM = ("search.sampler=random", "search.scheduler=none", "search.trials=6")

@@ -15,6 +15,7 @@ import numpy as np
 
 from desisky_tune.data.columns import BANDS, FEATURES, TARGETS
 from desisky_tune.data.names import require_columns
+from desisky_tune.data.subsets import SUBSETS
 from desisky_tune.errors import CheckpointError, DataError
 from desisky_tune.io.header import constant_features, feature_names, features_recorded
 
@@ -130,6 +131,30 @@ class Predictor:
             notes.append(f"{missing} of {len(frame)} rows lack a feature: no prediction (NaN)")
         return notes
 
+    def condition_notes(self, frame: pd.DataFrame) -> list[str]:
+        """Return how many rows are of conditions that the model has not seen, a line each."""
+        notes = []
+        known = np.isfinite(self.inputs(frame)).all(axis=1)
+        whole = f"of {len(frame)} rows"
+        if "OBSALT" in frame:
+            below = int((known & (frame["OBSALT"].to_numpy(dtype=float) <= 0)).sum())
+            if below:
+                notes.append(f"{below} {whole} have their field below the horizon (OBSALT <= 0)")
+        data = self.meta.get("data")
+        subset = data.get("subset") if isinstance(data, dict) else None
+        conditions = SUBSETS.get(subset, ()) if isinstance(subset, str) else ()
+        seen = [condition for condition in conditions if condition.column in frame]
+        of_subset = np.ones(len(frame), dtype=bool)
+        for condition in seen:
+            of_subset &= condition.holds(frame)
+        outside = int((known & ~of_subset).sum())
+        if outside:
+            notes.append(
+                f"{outside} {whole} are not of the subset {subset} on which the model was trained "
+                f"({', '.join(map(str, seen))}): extrapolated"
+            )
+        return notes
+
     def _constant_notes(self, name: str, values: np.ndarray) -> list[str]:
         values = values[np.isfinite(values)]
         if not len(values):
@@ -220,8 +245,9 @@ def predict_frame(
         A copy (of an ensemble also with its sigma and half its 90 % interval by band, mag)
         with SKY_MAG_V_PRED, SKY_MAG_G_PRED, SKY_MAG_R_PRED, SKY_MAG_Z_PRED (AB
         mag/arcsec2); NaN where a feature is missing. `frame.attrs["notes"]` is a list of lines
-        that the user should see: rows without a prediction, a constant feature that varies
-        here, an order of features that had to be assumed.
+        that the user should see: rows without a prediction, conditions on which the model was
+        not trained, a constant feature that varies here, an order of features that had to be
+        assumed.
 
     Raises
     ------
@@ -237,5 +263,6 @@ def predict_frame(
         result[column] = values
     for column, values in predictor.extra_columns(frame).items():
         result[column] = values
-    result.attrs = {**frame.attrs, "notes": predictor.notes(frame)}
+    notes = [*predictor.notes(frame), *predictor.condition_notes(frame)]
+    result.attrs = {**frame.attrs, "notes": notes}
     return result

@@ -15,7 +15,7 @@ import numpy as np
 
 from desisky_tune.data.features import FeatureTable, load_features, needs_ray
 from desisky_tune.data.splits import make_split
-from desisky_tune.errors import DataError, SearchError
+from desisky_tune.errors import CheckpointError, DataError, RunError, SearchError
 from desisky_tune.ray_session import ray_session
 from desisky_tune.search.events import (
     DataReady,
@@ -223,7 +223,15 @@ def resume_search(
                 with ray_session(address=address, dashboard=dashboard) as ray:
                     stop.listen()
                     figures = _search(run, ray, emit, stop, local=address is None)
-            return _finish(run, emit, started, figures)
+            try:
+                return _finish(run, emit, started, figures)
+            except CheckpointError as error:
+                if not ended:
+                    raise
+                # A run that was fetched has its result, and not what that was made from.
+                raise RunError(
+                    f"{run.folder.place} has finished: there is nothing to resume ({error})"
+                ) from error
 
 
 def _search(
