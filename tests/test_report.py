@@ -24,6 +24,7 @@ from desisky_tune.data import load_features, make_split
 from desisky_tune.data.columns import BANDS, TARGETS
 from desisky_tune.data.geometry import observing_geometry
 from desisky_tune.errors import RunError
+from desisky_tune.search import loaded as loaded_module
 from desisky_tune.search.backend import Assignment
 from desisky_tune.search.folder import RunFolder
 from desisky_tune.search.importance import importances
@@ -267,14 +268,14 @@ def test_a_report_reads_no_test_row(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: set[int] = set()
-    read_parquet = pd.read_parquet
+    read_parquet = loaded_module.read_parquet
 
-    def watched(*args: Any, **kwargs: Any) -> pd.DataFrame:
-        frame = read_parquet(*args, **kwargs)
-        seen.update(frame["EXPID"].tolist())
-        return frame
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        found = read_parquet(*args, **kwargs)
+        seen.update(found["EXPID"].to_pylist())
+        return found
 
-    monkeypatch.setattr(pd, "read_parquet", watched)
+    monkeypatch.setattr(loaded_module, "read_parquet", watched)
     without_figures(monkeypatch)
     loaded = load_run(run_dir)
     split = loaded.search["split"]

@@ -225,7 +225,7 @@ def resume_search(
                     figures = _search(run, ray, emit, stop, local=address is None)
             try:
                 return _finish(run, emit, started, figures)
-            except CheckpointError as error:
+            except (CheckpointError, RunError) as error:
                 if not ended:
                     raise
                 # A run that was fetched has its result, and not what that was made from.

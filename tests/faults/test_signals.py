@@ -262,6 +262,7 @@ def init(**settings):
     raise SystemExit(signal.SIGTERM)
 
 sys.modules["ray"] = types.SimpleNamespace(init=init, is_initialized=lambda: False)
+sys.modules["ray.exceptions"] = types.SimpleNamespace(AuthenticationError=RuntimeError)
 
 from desisky_tune.cli import entry
 from desisky_tune.ray_session import ray_session
