@@ -15,7 +15,6 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from desisky_tune.errors import InputError
@@ -100,7 +99,6 @@ def ray_session(
             os.environ.setdefault(name, value)
     else:
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-        send_token()
         _refuse_silence(address)
         if _on_loopback_alone(address):
             os.environ.setdefault(LOOPBACK_VARIABLE, LOOPBACK_ENVIRONMENT[LOOPBACK_VARIABLE])
@@ -214,18 +212,6 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def send_token() -> None:
-    """Let Ray send a token where the user has one and says nothing else."""
-    if "RAY_AUTH_MODE" not in os.environ and _has_token():
-        os.environ["RAY_AUTH_MODE"] = "token"
-
-
-def _has_token() -> bool:
-    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        return True
-    return Path("~/.ray/auth_token").expanduser().is_file()
 
 
 def _on_loopback_alone(address: str) -> bool:

@@ -9,10 +9,11 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from desisky_tune.errors import ClusterError
-from desisky_tune.ray_session import HOW_TO_SEND_A_TOKEN, send_token
+from desisky_tune.ray_session import HOW_TO_SEND_A_TOKEN
 
 #: Where the dashboard is when nothing else is said: at the near end of an SSH tunnel.
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -83,7 +84,7 @@ class Cluster:
 
     def __init__(self, address: str | None = None) -> None:
         self.address = dashboard_address(address)
-        send_token()
+        _send_token()
         with _explained(self.address), _address_from_us():
             from ray.job_submission import JobSubmissionClient
 
@@ -217,6 +218,22 @@ def dashboard_address(address: str | None) -> str:
             "(http://HOST:PORT)"
         )
     return url.rstrip("/")
+
+
+def _send_token() -> None:
+    """Let Ray's client send a token where the user has one and says nothing else.
+
+    To a dashboard, which ignores one that it does not want. Not to Ray itself: the workers of a
+    cluster without tokens refuse a driver that has one.
+    """
+    if "RAY_AUTH_MODE" not in os.environ and _has_token():
+        os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def _has_token() -> bool:
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return True
+    return Path("~/.ray/auth_token").expanduser().is_file()
 
 
 @contextmanager
