@@ -114,6 +114,30 @@ def test_a_suspect_is_trained_alone_and_before_those_who_wait() -> None:
     assert {name.split()[0] for name in order[1:]} == {"a", "b"}
 
 
+def test_a_trial_that_goes_on_elsewhere_is_forgotten_and_not_released() -> None:
+    class Forgetful(Scripted):
+        def __init__(self) -> None:
+            super().__init__()
+            self.forgotten: list[int] = []
+
+        def forget(self, trial: Assignment) -> None:
+            self.forgotten.append(trial.number)
+
+    async def scene() -> None:
+        backend = Forgetful()
+        served = engine(backend)
+        await served.register(at(1))
+        assert await served.turn(1)
+        await served.forget(1)
+        assert (backend.forgotten, backend.released) == ([1], [])
+        assert await served.advance(1, 3) is None
+        # It had the engine for itself: others are let in again.
+        await served.register(at(2))
+        assert await asyncio.wait_for(served.advance(2, 3), 10) == after(3)
+
+    asyncio.run(scene())
+
+
 def test_a_released_trial_gives_back_the_turn_that_it_never_used() -> None:
     async def scene() -> Progress | None:
         backend = Scripted()

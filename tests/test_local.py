@@ -131,6 +131,19 @@ def test_a_new_process_goes_on_bit_for_bit(arrays: SearchArrays, tmp_path: Path)
     assert resumed.objective == whole.objective
 
 
+def test_a_trial_that_goes_on_elsewhere_leaves_its_state_and_no_weights(
+    arrays: SearchArrays, tmp_path: Path
+) -> None:
+    here, there = (LocalBackend(arrays, TRAINING, tmp_path) for _ in range(2))
+    here.advance(trial(), 3)
+    here.forget(trial())
+    assert [path.suffix for path in tmp_path.iterdir()] == [".state"]
+    assert (
+        there.advance(trial(), 12).curve
+        == LocalBackend(arrays, TRAINING, tmp_path / "alone").advance(trial(), 12).curve
+    )
+
+
 def test_asking_for_less_answers_where_it_stands(arrays: SearchArrays, tmp_path: Path) -> None:
     LocalBackend(arrays, TRAINING, tmp_path).advance(trial(), 9)
     again = LocalBackend(arrays, TRAINING, tmp_path).advance(trial(), 3)

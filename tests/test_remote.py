@@ -85,6 +85,8 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
     "query",
     [
         "?X-Amz-Signature=hidden",
+        "?AWSAccessKeyId=hidden",
+        "?accesstoken=hidden",
         "?X-Amz-Date=20260101&X-Amz-Expires=60&x-amz-meta=hidden",
         "?X-Goog-Signature=hidden",
         "?sv=2024-11-04&sr=b&sig=hidden",
@@ -111,6 +113,8 @@ def test_a_signed_url_is_refused_without_showing_its_signature(query: str) -> No
         "https://host/x.csv?download=1&version=2",
         "s3://bucket/x.csv?region=us-west-2&endpoint_override=localhost%3A9000",
         "s3://bucket/key=1/token/x@2.csv",
+        "s3://bucket//data@v2/x.csv",
+        "https://host/x.csv?author=me&design=2&assignment=3&bypass=1",
     ],
 )
 def test_a_url_without_a_secret_is_taken(url: str) -> None:

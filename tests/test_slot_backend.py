@@ -169,6 +169,16 @@ def test_a_member_that_could_not_be_opened_is_trained_when_it_is_asked_for_again
     assert figures(backend.advance(again, 4)) == expected
 
 
+def test_a_trial_that_goes_on_elsewhere_leaves_its_state_and_no_weights(backend, arrays, tmp_path):
+    backend.advance(trial(), 5)
+    backend.forget(trial())
+    assert not checkpoint_path(tmp_path, 3).exists()
+    there = SlotBackend(arrays, TRAINING, tmp_path, slots=3)
+    resumed = there.advance(trial(), 12)
+    there.close()
+    assert figures(resumed) == figures(backend.advance(trial(number=4), 12))
+
+
 def test_a_state_of_another_shape_is_not_taken_up(backend, arrays, tmp_path):
     backend.advance(trial(), 5)
     wider = SlotBackend(arrays, TRAINING, tmp_path, slots=2)

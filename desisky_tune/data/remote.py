@@ -25,16 +25,18 @@ if TYPE_CHECKING:
 _CHUNK = 1 << 20
 
 #: User and password, also in the second of two URLs (``filecache::ftp://...``).
-_USER = re.compile(r"//[^/?#]*@")
+_USER = re.compile(r"(?<=:)//[^/?#]*@")
 
 #: The name of a query's parameter.
 _PARAMETER = re.compile(r"[?&;#]([^?&;#=]*)=")
 
-#: What a parameter's name has in it where its value is a secret.
-_SECRET_WORDS = (
-    "sig", "token", "key", "secret", "pass", "pwd", "cred", "auth", "sas", "jwt", "x-amz-",
-    "x-goog-",
-)  # fmt: skip
+#: A word that a parameter's name has in it where its value is a secret, and the beginnings of
+#: those that sign a request.
+_SECRET_WORD = re.compile(
+    r".*(token|secret|password|signature|credentials?|apikey|accesskey)"
+    r"|sig|key|pass|passwd|passphrase|pwd|creds?|auth|authorization|sas|jwt"
+)
+_SIGNING = ("x-amz-", "x-goog-")
 
 
 def is_url(source: str | os.PathLike[str]) -> bool:
@@ -127,7 +129,7 @@ def refuse_secrets(url: str) -> None:
     parts = urlsplit(url)
     # Decoded, because a query may hold another URL.
     names = _PARAMETER.findall(unquote(f"?{parts.query}#{parts.fragment}"))
-    secrets = [name for name in names if any(word in name.lower() for word in _SECRET_WORDS)]
+    secrets = [name for name in names if _is_secret(name)]
     if _USER.search(url):
         what = "a user or password"
     elif secrets:
@@ -139,6 +141,14 @@ def refuse_secrets(url: str) -> None:
         f"{bare}: a URL with {what} in it would stand in logs and records; give credentials "
         "by the environment"
     )
+
+
+def _is_secret(name: str) -> bool:
+    """Return whether the value of a query's parameter is likely one, by the words of its name."""
+    if name.lower().startswith(_SIGNING):
+        return True
+    words = re.split(r"[^A-Za-z0-9]+|(?<=[a-z0-9])(?=[A-Z])", name)
+    return any(_SECRET_WORD.fullmatch(word.lower()) for word in words)
 
 
 def _copy(files: FileSystem, path: str, target: Path, url: str) -> None:

@@ -28,6 +28,9 @@ PREDICTIONS: tuple[str, ...] = tuple(name.replace("_SPEC", "_PRED") for name in 
 #: Rows sent through the network at a time: bounds the memory of the widest layer.
 _ROWS_AT_A_TIME = 16384
 
+#: What a subset's conditions, and that a field is up, are about.
+_CONDITIONS = {"OBSALT", *(each.column for subset in SUBSETS.values() for each in subset)}
+
 #: A value this far (relatively) from the training's constant has left it.
 _CONSTANT_TOLERANCE = 1e-6
 
@@ -133,21 +136,29 @@ class Predictor:
 
     def condition_notes(self, frame: pd.DataFrame) -> list[str]:
         """Return how many rows are of conditions that the model has not seen, a line each."""
+        import pandas as pd
+
         notes = []
         known = np.isfinite(self.inputs(frame)).all(axis=1)
         whole = f"of {len(frame)} rows"
-        if "OBSALT" in frame:
-            below = int((known & (frame["OBSALT"].to_numpy(dtype=float) <= 0)).sum())
+        columns = {
+            name: pd.to_numeric(frame[name], errors="coerce").to_numpy(dtype=float, na_value=np.nan)
+            for name in _CONDITIONS
+            if name in frame
+        }
+        if "OBSALT" in columns:
+            below = int((known & (columns["OBSALT"] <= 0)).sum())
             if below:
                 notes.append(f"{below} {whole} have their field below the horizon (OBSALT <= 0)")
         data = self.meta.get("data")
         subset = data.get("subset") if isinstance(data, dict) else None
         conditions = SUBSETS.get(subset, ()) if isinstance(subset, str) else ()
-        seen = [condition for condition in conditions if condition.column in frame]
-        of_subset = np.ones(len(frame), dtype=bool)
+        seen = [condition for condition in conditions if condition.column in columns]
+        broken = np.zeros(len(frame), dtype=bool)
         for condition in seen:
-            of_subset &= condition.holds(frame)
-        outside = int((known & ~of_subset).sum())
+            # What is not there breaks nothing.
+            broken |= np.isfinite(columns[condition.column]) & ~condition.holds(columns)
+        outside = int((known & broken).sum())
         if outside:
             notes.append(
                 f"{outside} {whole} are not of the subset {subset} on which the model was trained "

@@ -23,8 +23,10 @@ FAILURES_IN_A_ROW = 3
 #: Engines at which a trial is tried before it has failed.
 TRIES = 3
 
-#: How long an engine's processes may die one after another before one is ready (s).
-START_PATIENCE = 60.0
+#: How long an engine that has died may take to be up again before that is said, and until it is
+#: given up (s): a node may have to come for it.
+START_NOTICE = 60.0
+START_PATIENCE = 600.0
 
 #: Seconds between two looks at an engine that is being started again.
 START_PAUSE = 0.2
@@ -71,6 +73,9 @@ class _Engine:
 
     handle: Any
     room: int
+    name: str = ""
+    #: Whether it was ever up: one that waits for a node to come may never be.
+    begun: bool = False
     up: bool = False
     lost: str | None = None
     #: Lost to new trials because they failed there, not because it is gone.
@@ -110,8 +115,9 @@ class Dispatcher(Roster, Verdicts):
         self._engines: list[_Engine] = []
         self._homes: dict[int, int] = {}
         self._over: set[int] = set()
-        #: Engines at which a trial has failed.
+        #: Engines at which a trial has failed, and the trials that are to blame themselves.
         self._tried: dict[int, set[int]] = {}
+        self._blamed: set[int] = set()
         self._news: list[str] = []
         self._attempts: list[Attempt] = []
         #: Names of the engines whose storage fails.
@@ -121,10 +127,11 @@ class Dispatcher(Roster, Verdicts):
         self._watches: list[asyncio.Task[None]] = []
         self._releases: set[asyncio.Future[Any]] = set()
 
-    async def add(self, engines: Sequence[tuple[Any, int]]) -> None:
-        """Take up engines: their handles, and how many trials may be at each."""
-        for handle, room in engines:
-            self._engines.append(_Engine(handle, room))
+    async def add(self, engines: Sequence[tuple[Any, int]], names: Sequence[str] = ()) -> None:
+        """Take up engines: their handles, how many trials may be at each, and their names."""
+        names = names or [f"engine {len(self._engines) + at}" for at in range(len(engines))]
+        for (handle, room), name in zip(engines, names, strict=True):
+            self._engines.append(_Engine(handle, room, name))
             self._watch_start(len(self._engines) - 1)
 
     async def rows(self) -> Any:
@@ -157,6 +164,8 @@ class Dispatcher(Roster, Verdicts):
                     # Its process died while it waited here, and the driver gave it up.
                     raise EngineError(f"trial {number} is over")
                 tried = self._tried.get(number, set())
+                if not self._begun() - tried:
+                    tried = set()  # where else it could go has gone since
                 free = [
                     at for at, engine in enumerate(self._engines) if engine.free and at not in tried
                 ]
@@ -171,6 +180,8 @@ class Dispatcher(Roster, Verdicts):
                             at,
                         ),
                     )
+                    if number in self._homes:
+                        self._engines[self._homes[number]].trials.discard(number)
                     self._homes[number] = home
                     self._engines[home].trials.add(number)
                     return home, self._engines[home].handle
@@ -191,14 +202,17 @@ class Dispatcher(Roster, Verdicts):
     async def lost(self, at: int, why: str) -> None:
         """Hear that an engine is dead and will not be started again."""
         async with self._changed:
-            if self._engines[at].lost is None:
-                self._engines[at].lost = why
+            engine = self._engines[at]
+            if engine.lost is None or engine.left_out:
+                engine.lost, engine.left_out = why, False
                 self._news.append(f"an engine is lost, and its trials go on elsewhere: {why}")
+            self._writes_no_more(engine)
             self._changed.notify_all()
 
     async def died(self, at: int) -> None:
         """Hear that the process of an engine has died: it gets no trials until it is up again."""
         self._engines[at].up = False
+        self._writes_no_more(self._engines[at])
         self._watch_start(at)
 
     async def failed(self, number: int, why: str, *, storage: bool = False) -> bool:
@@ -215,42 +229,58 @@ class Dispatcher(Roster, Verdicts):
         """
         async with self._changed:
             home = self._homes.get(number)
-            if home is None or (storage and self._storage_fails):
+            if home is None or number in self._blamed or (storage and self._storage_fails):
                 return False
             engine, tried = self._engines[home], self._tried.setdefault(number, set())
             tried.add(home)
-            others = {at for at, each in enumerate(self._engines) if each.lost is None} - tried
+            others = self._begun() - tried
             if (len(tried) >= TRIES and engine.lost is None) or not others:
+                self._blamed.add(number)
                 for at in tried - {home}:
-                    self._acquit(self._engines[at])
+                    self._acquit(at)
                 return False
             engine.failures += 1
             if engine.failures >= FAILURES_IN_A_ROW and engine.lost is None:
                 engine.lost, engine.left_out = f"left out: {why}", True
-                if storage and len(self._failing) == 1:
-                    # It will not say that it can write again.
-                    self._failing.clear()
-                    self._attempts.append((time.time(), None))
+                self._writes_no_more(engine)
                 self._news.append(
                     f"an engine gets no more trials: {engine.failures} failed there one after "
                     f"another, the last with: {why}"
                 )
             self._homes.pop(number)
-            self._let_go(engine, number)
+            # Its state is on disk: another engine goes on from there, and its weights are that
+            # one's to write.
+            self._let_go(engine, number, keep=False)
             self._changed.notify_all()
             return True
 
     @property
     def _storage_fails(self) -> bool:
         """Whether it is not one machine that cannot write."""
-        return len(self._failing) > max(1, len(self._engines) // 2)
+        begun = sum(engine.begun for engine in self._engines)
+        return len(self._failing) > max(1, begun // 2)
 
-    def _acquit(self, engine: _Engine) -> None:
+    def _begun(self) -> set[int]:
+        """Return the engines that were up, and are not lost."""
+        return {
+            at for at, engine in enumerate(self._engines) if engine.begun and engine.lost is None
+        }
+
+    def _acquit(self, at: int) -> None:
         """Take back that a trial failed at an engine: it failed elsewhere as well."""
+        engine = self._engines[at]
         engine.failures = max(0, engine.failures - 1)
         if engine.left_out and engine.failures < FAILURES_IN_A_ROW:
-            engine.lost, engine.left_out = None, False
+            engine.lost, engine.left_out, engine.up = None, False, False
             self._news.append("the engine that was left out gets trials again: they were to blame")
+            self._watch_start(at)  # if it still is there
+
+    def _writes_no_more(self, engine: _Engine) -> None:
+        """Forget that an engine cannot write: it will not say when it can again."""
+        if engine.name in self._failing:
+            self._failing.discard(engine.name)
+            if not self._failing:
+                self._attempts.append((time.time(), None))
 
     async def tried_storage(self, engine: str, why: str | None) -> None:
         """Hear from an engine that storage fails, or (None) that it works again."""
@@ -290,10 +320,11 @@ class Dispatcher(Roster, Verdicts):
             self._let_go(engine, number)
             self._changed.notify_all()
 
-    def _let_go(self, engine: _Engine, number: int) -> None:
+    def _let_go(self, engine: _Engine, number: int, *, keep: bool = True) -> None:
         engine.trials.discard(number)
         if engine.lost is None:
-            release = asyncio.ensure_future(_quietly(engine.handle.release.remote(number)))
+            call = engine.handle.release if keep else engine.handle.forget
+            release = asyncio.ensure_future(_quietly(call.remote(number)))
             self._releases.add(release)
             release.add_done_callback(self._releases.discard)
 
@@ -355,7 +386,7 @@ class Dispatcher(Roster, Verdicts):
         """Open an engine to trials when it has started; give up one that dies again and again."""
         from ray.exceptions import ActorDiedError, ActorUnschedulableError, RayActorError
 
-        engine, first = self._engines[at], None
+        engine, first, said = self._engines[at], None, False
         while True:
             try:
                 await engine.handle.ready.remote()
@@ -365,15 +396,18 @@ class Dispatcher(Roster, Verdicts):
             except RayActorError as error:
                 now = time.monotonic()
                 first = now if first is None else first
+                why = f"died and is not up again after {now - first:.0f} s: {death_of(error)}"
                 if now - first > START_PATIENCE:
-                    why = f"its process dies whenever it is started: {death_of(error)}"
                     await self.lost(at, why)
                     self._kill(engine.handle)
                     return
+                if now - first > START_NOTICE and not said:
+                    said = True
+                    self._news.append(f"an engine {why}")
                 await asyncio.sleep(START_PAUSE)  # it is being started again
             else:
                 break
-        engine.watched = False
+        engine.watched, engine.begun = False, True
         async with self._changed:
             engine.up = True
             self._changed.notify_all()

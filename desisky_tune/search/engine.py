@@ -298,6 +298,16 @@ class Engine:
         # In a thread of its own: the slots are for training.
         await asyncio.to_thread(self._backend.release, trial)
 
+    async def forget(self, number: int) -> None:
+        """Let go of a trial that goes on at another engine: its weights are that one's to write."""
+        if number in self._turns:
+            self._turns.discard(number)
+            await self._gate.leave()
+        trial = self._trials.pop(number, None)
+        if trial is not None:
+            # In a thread: whoever is at work on it may have to be waited for.
+            await asyncio.to_thread(getattr(self._backend, "forget", self._backend.release), trial)
+
     async def figures(self) -> EngineFigures:
         """Return what the time of this process went into."""
         now = time.perf_counter()

@@ -277,7 +277,7 @@ class RunningEngines:
                 actor.remote(plan.name, plan.device, plan.slots, work.run, name, environment)
             )
         known = [(engine, plan.room) for engine, plan in zip(self._engines, plans, strict=True)]
-        self.dispatcher.add.remote(known)
+        self.dispatcher.add.remote(known, [plan.name for plan in plans])
 
     def take_verdicts(self, ordering: Ordering, scheduler: OrderedScheduler) -> None:
         """Let verdicts reach the trials, which wait at the dispatcher for them."""

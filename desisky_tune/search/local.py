@@ -210,6 +210,11 @@ class LocalBackend:
             )
             self._files.write_weights(trial, write)
 
+    def forget(self, trial: Assignment) -> None:
+        """Let go of a trial that goes on elsewhere, from its state on disk; write nothing."""
+        with self._lock:
+            self._trials.pop(trial.number, None)
+
     def _keep_members(self, trial: Assignment, running: Mapping[Member, _Training]) -> None:
         """Write the weights of every member at the best epoch of its seed's pooled curve."""
         best_epochs = pool(curves_of(running, self._validation)).best_epochs

@@ -149,19 +149,30 @@ class SlotBackend:
                 self._keep_members(trial, running.trainings, shape)
             return progress
 
+    def forget(self, trial: Assignment) -> None:
+        """Let go of a trial that goes on elsewhere, from its state on disk; write nothing."""
+        self._pop(trial)
+
+    def _pop(self, trial: Assignment) -> RunningTrial[Training] | None:
+        """Take a trial from the slots, once nobody is at work on it."""
+        with self._lock:
+            running = self._trials.pop(trial.number, None)
+        if running is not None:
+            with running.lock:
+                for member in running.trainings:
+                    self._banks.leave((trial.number, member))
+        return running
+
     def release(self, trial: Assignment) -> None:
         """Keep the best weights of a trial, and forget it here.
 
         Its states stay on disk, as `LocalBackend.release` says; a trial of several members has
         no weights of its own: none are kept.
         """
-        with self._lock:
-            running = self._trials.pop(trial.number, None)
+        running = self._pop(trial)
         if running is None:
             return
         with running.lock:
-            for member in running.trainings:
-                self._banks.leave((trial.number, member))
             if len(running.trainings) != 1 or self._progress(trial, running.trainings).failed:
                 return
             ((member, training),) = running.trainings.items()

@@ -55,7 +55,7 @@ class TrialFiles:
     ) -> None:
         self._folder = folder
         self._mirror = mirror
-        self._watch = watch
+        self._watch = None if watch is None else _Remembering(watch)
         self._search_json = folder.with_name("search.json") if of_run and mirror is None else None
 
     def discard_weights(self, trial: Assignment) -> None:
@@ -102,6 +102,8 @@ class TrialFiles:
         self._patiently(functools.partial(write, path))
         if self._mirror is not None:
             self._patiently(functools.partial(self._mirror.put, path))
+        if self._watch is not None:
+            self._watch.worked()
 
     def _patiently(self, action: Callable[[], Result]) -> Result:
         def attempt() -> Result:
@@ -110,6 +112,25 @@ class TrialFiles:
             return action()
 
         return patiently(attempt, watch=self._watch, limit=TRIAL_PATIENCE)
+
+
+class _Remembering:
+    """Passes on that storage fails, and once that it works again: also after one gave up."""
+
+    def __init__(self, watch: StorageWatch) -> None:
+        self._watch = watch
+        self._fails = False
+
+    def failed(self, why: str) -> None:
+        """Hear of an attempt that failed."""
+        self._fails = True
+        self._watch.failed(why)
+
+    def worked(self) -> None:
+        """Hear of one that succeeded."""
+        if self._fails:
+            self._fails = False
+            self._watch.worked()
 
 
 def state_path(folder: Path, number: int, member: Member | None = None) -> Path:

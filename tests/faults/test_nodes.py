@@ -71,15 +71,32 @@ class FakeEngine:
 
     ready = FakeCall()
     release = FakeCall()
+    forget = FakeCall()
+
+
+class Pending(FakeEngine):
+    """An engine whose node has not come."""
+
+    class _Never:
+        def remote(self) -> Any:
+            return asyncio.get_running_loop().create_future()
+
+    ready = _Never()
 
 
 async def dispatcher(engines: int, room: int = 9) -> tuple[Dispatcher, list[FakeEngine]]:
     """A dispatcher with engines that have started."""
     made = Dispatcher(expected=1)
     handles = [FakeEngine() for _ in range(engines)]
-    await made.add([(handle, room) for handle in handles])
+    names = [f"cpu-{at}" for at in range(engines)]
+    await made.add([(handle, room) for handle in handles], names)
     await asyncio.gather(*made._watches)
     return made, handles
+
+
+async def soon(placing: Any) -> int:
+    """The engine that a trial is placed at, which it must be without waiting."""
+    return int((await asyncio.wait_for(placing, 10.0))[0])
 
 
 def test_an_engine_at_which_trials_fail_one_after_another_is_left_out() -> None:
@@ -134,7 +151,8 @@ def test_an_engine_that_was_left_out_for_trials_that_are_to_blame_is_taken_back(
             assert not await made.failed(number, "ValueError: no")
             await made.ended(number)
         assert made._engines[0].lost is None
-        assert (await made.place(7))[0] == 0
+        await asyncio.gather(*made._watches)  # it still is there
+        assert await soon(made.place(7)) == 0
 
     asyncio.run(scene())
 
@@ -182,6 +200,99 @@ def test_an_engine_that_is_left_out_for_its_disk_is_no_outage_any_more() -> None
     asyncio.run(scene())
 
 
+def test_an_engine_whose_node_has_not_come_is_no_other_one() -> None:
+    """With ``--workers`` above the room there is: an outage must not look like one node's."""
+
+    async def scene() -> None:
+        made, _ = await dispatcher(1)
+        await made.add([(Pending(), 9)], ["cpu-1"])
+        for number in range(2 * FAILURES_IN_A_ROW):
+            assert await soon(made.place(number)) == 0
+            await made.tried_storage("cpu-0", "no space left")
+            assert not await made.failed(number, "no space left", storage=True)
+            await made.ended(number)
+        assert made._engines[0].lost is None
+        assert made._failing == {"cpu-0"}
+
+    asyncio.run(scene())
+
+
+async def left_out_and_to_be_acquitted() -> tuple[Dispatcher, list[int]]:
+    """A dispatcher whose first engine was left out for trials that are at the other one now."""
+    made, _ = await dispatcher(2)
+    homes = {number: await soon(made.place(number)) for number in range(6)}
+    first = [number for number, home in homes.items() if home == 0]
+    for number in first:
+        assert await made.failed(number, "killed")
+        assert await soon(made.place(number)) == 1
+    assert made._engines[0].left_out
+    return made, first
+
+
+def test_an_engine_that_died_while_it_was_left_out_is_watched_when_it_is_taken_back() -> None:
+    async def scene() -> None:
+        made, first = await left_out_and_to_be_acquitted()
+        await made.died(0)
+        assert not await made.failed(first[0], "killed")
+        await asyncio.gather(*made._watches)
+        assert await soon(made.place(99)) == 0
+
+    asyncio.run(scene())
+
+
+def test_an_engine_that_was_lost_while_it_was_left_out_is_not_taken_back() -> None:
+    async def scene() -> None:
+        made, first = await left_out_and_to_be_acquitted()
+        await made.lost(0, "its node is gone")
+        assert not await made.failed(first[0], "killed")
+        assert made._engines[0].lost == "its node is gone"
+        assert await soon(made.place(99)) == 1
+        # No other is left to try it at.
+        assert not await made.failed(99, "killed")
+
+    asyncio.run(scene())
+
+
+def test_a_trial_goes_back_where_it_failed_when_the_other_engine_is_lost() -> None:
+    async def scene() -> None:
+        made, _ = await dispatcher(2)
+        assert await soon(made.place(0)) == 0
+        assert await made.failed(0, "no space left")
+        assert await soon(made.place(0)) == 1
+        await made.lost(1, "its node is gone")
+        assert await soon(made.place(0)) == 0
+        # And its place at the other one is not taken up for ever.
+        assert made._engines[1].trials == set()
+
+    asyncio.run(scene())
+
+
+def test_a_trial_that_is_to_blame_clears_an_engine_once() -> None:
+    async def scene() -> None:
+        made, _ = await dispatcher(2)
+        made._engines[0].failures = FAILURES_IN_A_ROW - 1
+        assert await soon(made.place(0)) == 0
+        assert await made.failed(0, "killed")
+        made._engines[0].failures = 5
+        assert await soon(made.place(0)) == 1
+        for _ in range(3):  # as often as it kills the engine there
+            assert not await made.failed(0, "killed")
+        assert made._engines[0].failures == 4
+
+    asyncio.run(scene())
+
+
+def test_an_engine_that_died_is_not_awaited_to_write_again() -> None:
+    async def scene() -> None:
+        made, _ = await dispatcher(2)
+        await made.tried_storage("cpu-0", "no space left")
+        await made.died(0)
+        assert made._failing == set()
+        assert [why for _, why in made._attempts] == ["no space left", None]
+
+    asyncio.run(scene())
+
+
 class Dying(FakeEngine):
     """An engine whose process dies whenever it is started."""
 
@@ -195,7 +306,8 @@ class Dying(FakeEngine):
 
 
 def test_an_engine_that_dies_at_each_start_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "START_PATIENCE", 0.0)
+    monkeypatch.setattr(dispatch, "START_NOTICE", 0.0)
+    monkeypatch.setattr(dispatch, "START_PATIENCE", 0.05)
     monkeypatch.setattr(dispatch, "START_PAUSE", 0.0)
     killed: list[Any] = []
     monkeypatch.setattr(Dispatcher, "_kill", staticmethod(killed.append))
@@ -206,9 +318,10 @@ def test_an_engine_that_dies_at_each_start_is_given_up(monkeypatch: pytest.Monke
         await made.add([(dying, 9)])
         await asyncio.wait_for(asyncio.gather(*made._watches), 10.0)
         assert killed == [dying]
-        assert "dies whenever it is started" in str(made._engines[1].lost)
-        (said,) = made._news
-        assert "dies whenever it is started" in said
+        assert "is not up again after" in str(made._engines[1].lost)
+        soon, lost = made._news
+        assert soon.startswith("an engine died and is not up again")
+        assert lost.startswith("an engine is lost")
         # One whose process dies later is not given trials until it is up again.
         made._engines[0].handle = dying
         await made.died(0)

@@ -422,6 +422,23 @@ def test_a_node_without_the_runs_folder_writes_nothing_of_a_trial(
     assert state_path(trials, 3).read_bytes() == b"state"
 
 
+def test_that_storage_works_again_is_told_also_after_a_trial_had_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Clock(monkeypatch)
+    watch, three = Watch(), Assignment(3, {}, seed=0)
+    files = TrialFiles(tmp_path / "trials", watch=watch)
+    (tmp_path / "trials").write_text("stands in for the folder")
+    with pytest.raises(FileExistsError):
+        files.write_state(three, three.trainings[0], a_state)
+    assert set(watch.heard) == {watch.heard[0]} - {"worked"}
+    (tmp_path / "trials").unlink()
+    for _ in range(2):
+        files.write_state(three, three.trainings[0], a_state)
+    assert watch.heard.count("worked") == 1
+    assert watch.heard[-1] == "worked"
+
+
 def test_on_a_url_a_node_has_its_own_folder(tmp_path: Path) -> None:
     mirror = RunMirror(f"file://{tmp_path}/bucket/deep", tmp_path / "copy")
     three = Assignment(3, {}, seed=0)
