@@ -482,6 +482,9 @@ def test_an_export_predicts_for_a_table_of_any_format(
     for suffix in ("csv", "ecsv", "fits", "parquet"):
         out = tmp_path / f"out.{suffix}"
         assert main(["predict", str(checkpoint), str(source), str(out)]) == 0
+        before = source.read_bytes()
+        assert main(["predict", str(checkpoint), str(source), str(source)]) == 2
+        assert source.read_bytes() == before
         from desisky_tune.data import read_table
 
         frame = read_table(out)

@@ -229,6 +229,8 @@ def predict(
     from desisky_tune.data.tables import write_table
     from desisky_tune.inference import predict_frame
 
+    if exposures.resolve() == out.resolve():
+        raise InputError(f"OUT {out}: is the table itself; name another file")
     predictor = _load(checkpoint)
     result = predict_frame(predictor, read_table(exposures, require_magnitudes=False))
     write_table(result, out)

@@ -219,7 +219,7 @@ def _add_geometry(frame: pd.DataFrame, *, where: str) -> pd.DataFrame:
         if demanded:
             raise DataError(
                 f"{where}: missing {_noun(demanded)} "
-                f"{describe_missing(demanded, frame.columns)}, and to compute it "
+                f"{describe_missing(demanded, frame.columns)}, and to compute that "
                 f"{describe_missing(lacking, frame.columns)}"
             )
         return frame
