@@ -165,7 +165,7 @@ class TestFaults:
         self, some: pd.DataFrame, tmp_path: Path
     ) -> None:
         frame = some.drop(columns=["MOONSEP", "SUNSEP"]).rename(columns={"TILERA": "TILE_RA"})
-        refused(frame, tmp_path, r"missing column MOONSEP.* compute it TILERA \(near.*TILE_RA\)")
+        refused(frame, tmp_path, r"missing column MOONSEP.* compute that TILERA \(near.*TILE_RA\)")
 
     def test_magnitudes_are_needed_where_they_are_asked_for(
         self, some: pd.DataFrame, tmp_path: Path
