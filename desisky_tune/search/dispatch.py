@@ -207,6 +207,10 @@ class Dispatcher(Roster, Verdicts):
                 engine.lost, engine.left_out = why, False
                 self._news.append(f"an engine is lost, and its trials go on elsewhere: {why}")
             self._writes_no_more(engine)
+            if not self._begun():
+                for left, each in enumerate(self._engines):
+                    if each.left_out:
+                        self._take_back(left, "it is the last one")
             self._changed.notify_all()
 
     async def died(self, at: int) -> None:
@@ -221,8 +225,8 @@ class Dispatcher(Roster, Verdicts):
         What fails at one engine and not at another is the fault of its machine. So a trial is
         tried at `TRIES` engines, and one that fails at all of them is to blame itself; an
         engine at which `FAILURES_IN_A_ROW` trials failed gets no more of them, unless it turns
-        out that they were to blame. The last one is never left out: then the trials fail, and
-        the search ends by itself.
+        out that they were to blame, or the others are lost. The last one is never left out: then
+        the trials fail, and the search ends by itself.
 
         Files that cannot be written (`storage`) are the machine's fault unless most engines meet
         the same: then it is the storage's, and is to be waited for.
@@ -271,9 +275,13 @@ class Dispatcher(Roster, Verdicts):
         engine = self._engines[at]
         engine.failures = max(0, engine.failures - 1)
         if engine.left_out and engine.failures < FAILURES_IN_A_ROW:
-            engine.lost, engine.left_out, engine.up = None, False, False
-            self._news.append("the engine that was left out gets trials again: they were to blame")
-            self._watch_start(at)  # if it still is there
+            self._take_back(at, "they were to blame")
+
+    def _take_back(self, at: int, why: str) -> None:
+        engine = self._engines[at]
+        engine.lost, engine.left_out, engine.up = None, False, False
+        self._news.append(f"an engine that was left out gets trials again: {why}")
+        self._watch_start(at)  # if it still is there
 
     def _writes_no_more(self, engine: _Engine) -> None:
         """Forget that an engine cannot write: it will not say when it can again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ray.exceptions import ActorUnavailableError, RayActorError
 from searches import RANDOM, assert_nothing_lost, assert_the_same, search, spec_of
 
@@ -253,6 +256,19 @@ def test_an_engine_that_was_lost_while_it_was_left_out_is_not_taken_back() -> No
     asyncio.run(scene())
 
 
+def test_an_engine_that_was_left_out_is_taken_back_when_the_others_are_lost() -> None:
+    async def scene() -> None:
+        made, first = await left_out_and_to_be_acquitted()
+        await made.lost(1, "its node is gone")
+        assert await soon(made.place(first[0])) == 0
+        assert await soon(made.place(99)) == 0
+        # And it is the last one, which is not left out.
+        assert not await made.failed(99, "killed")
+        assert made._engines[0].lost is None
+
+    asyncio.run(scene())
+
+
 def test_a_trial_goes_back_where_it_failed_when_the_other_engine_is_lost() -> None:
     async def scene() -> None:
         made, _ = await dispatcher(2)
@@ -289,6 +305,64 @@ def test_an_engine_that_died_is_not_awaited_to_write_again() -> None:
         await made.died(0)
         assert made._failing == set()
         assert [why for _, why in made._attempts] == ["no space left", None]
+
+    asyncio.run(scene())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bad=st.lists(st.floats(0, 1), min_size=1, max_size=4),
+    poison=st.sets(st.integers(0, 39)),
+    pending=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_every_trial_ends_whatever_engines_do_while_one_is_there(
+    bad: list[float], poison: set[int], pending: bool, seed: int
+) -> None:
+    """Trials that fail by the engine's fault or their own, engines that die and are lost.
+
+    The first engine is always there; `bad` is how often a trial fails at the others.
+    """
+    draw = random.Random(seed)
+
+    async def trial(made: Dispatcher, number: int, handles: list[FakeEngine]) -> str:
+        while True:
+            home, handle = await made.place(number)
+            assert handle is handles[home]
+            await asyncio.sleep(0)
+            at_fault = home > 0 and draw.random() < bad[home - 1]
+            if at_fault and draw.random() < 0.1:
+                await made.lost(home, "its node is gone")
+                continue
+            if not at_fault and number not in poison:
+                await made.ended(number, well=True)
+                return "COMPLETE"
+            how = draw.choice(["raises", "kills", "cannot write"])
+            if how == "kills":
+                await made.died(home)
+            storage = how == "cannot write"
+            if storage:
+                await made.tried_storage(f"cpu-{home}", "no space left")
+            if await made.failed(number, "why", storage=storage):
+                continue
+            await made.ended(number)
+            return "FAIL"
+
+    async def scene() -> None:
+        made, handles = await dispatcher(1 + len(bad), room=3)
+        if pending:
+            handles.append(Pending())
+            await made.add([(handles[-1], 9)], ["to come"])
+        ends = [trial(made, number, handles) for number in range(40)]
+        states = await asyncio.wait_for(asyncio.gather(*ends), 60.0)
+        assert len(states) == 40
+        # Nothing is held by a trial that has ended.
+        assert all(engine.trials == set() for engine in made._engines)
+        assert made._homes == {}
+        assert made._engines[0].lost is None or made._engines[0].left_out
+        assert made._begun()
+        for watch in made._watches:
+            watch.cancel()
 
     asyncio.run(scene())
 
